@@ -1,0 +1,144 @@
+"""Two things only: the native extension pefast._C, and that kernels/ is pefast.kernels. The rest is pyproject.toml.
+
+Every csrc/*.cpp and csrc/cpu/*.cpp is compiled. The last word of a file's name says which instructions it may
+use (dropout_avx2.cpp); files without such a word run on any machine. A level that the compiler does not know is
+left out, and PEFAST_HAVE_<LEVEL> is defined for the others. Where nothing can be built the install still
+succeeds, and pefast/native/why_not.txt says the reason.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+LEVELS = {
+    "scalar": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": AVX512,
+    "amx": AVX512 + " -mavx512bf16 -mamx-tile -mamx-bf16",
+}
+# contraction off: a * b + c must round the same way in every instruction set
+BASE = "-std=c++17 -O3 -fopenmp -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra"
+RULES = """
+rule compile
+  command = {cxx} {flags} $level -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {cxx} -shared -fopenmp $in -o $out
+"""
+
+
+class CannotBuild(OSError):
+    """Why the extension was not built, in words."""
+
+
+def compiler() -> list[str]:
+    """The command that compiles C++, as words."""
+    if sys.platform != "linux":
+        raise CannotBuild(f"csrc is built on Linux only, this is {sys.platform}")
+    # g++ first: clang would bring its own OpenMP, a second pool of threads beside torch's
+    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if not shutil.which(words[0]):
+        raise CannotBuild(f"no C++ compiler: {words[0]!r} was not found")
+    return words
+
+
+def ninja() -> str:
+    """Where the program ninja is."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = None
+    found = shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
+    if not found:
+        raise CannotBuild("no program 'ninja' was found")
+    return found
+
+
+def known_levels(cxx: list[str]) -> dict[str, str]:
+    """The levels whose flags this compiler takes for this machine's family of processors."""
+
+    def takes(flags):
+        trial = [*cxx, *flags.split(), "-x", "c++", "-fsyntax-only", os.devnull]
+        return subprocess.run(trial, capture_output=True).returncode == 0
+
+    return {level: flags for level, flags in LEVELS.items() if takes(flags)}
+
+
+def build_file(sources: list[str], target: Path, objects: Path, cxx: list[str]) -> str:
+    """The text of build.ninja."""
+    import pybind11
+
+    levels = known_levels(cxx)
+    have = [f"-DPEFAST_HAVE_{level.upper()}" for level in levels]
+    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    flags = " ".join([BASE, *have, shlex.join(include)]).replace("$", "$$")
+    text, outs = RULES.format(cxx=shlex.join(cxx).replace("$", "$$"), flags=flags), []
+    for source in sources:
+        suffix = Path(source).stem.rpartition("_")[2]
+        if suffix in LEVELS and suffix not in levels:
+            continue
+        # csrc/cpu/isa.cpp -> csrc_cpu_isa.o: two folders may hold files of one name
+        outs.append(escaped(objects / ("_".join(Path(source).with_suffix(".o").parts))))
+        text += f"build {outs[-1]}: compile {escaped(Path(source).absolute())}\n"
+        text += f"  level = {levels.get(suffix, '')}\n"
+    return text + f"build {escaped(target.absolute())}: link {' '.join(outs)}\n"
+
+
+def escaped(path: Path) -> str:
+    """A path as build.ninja wants it."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+class BuildNative(build_ext):
+    """Compiles csrc in parallel; a failure leaves a note instead of stopping the install."""
+
+    # setuptools' own run() copies the extension from build/ and would not carry the note
+    def run(self):
+        for ext in self.extensions:
+            self.build_extension(ext)
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        note = target.parent / "native" / "why_not.txt"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
+        try:
+            self.compile(ext.sources, target)
+        except (CannotBuild, subprocess.CalledProcessError) as error:
+            reason = str(error) if isinstance(error, CannotBuild) else first_error(error.stdout)
+            note.write_text(f"the extension was not built: {reason}\n", encoding="utf-8")
+            print(f"pefast: {note.read_text(encoding='utf-8')}", file=sys.stderr)
+
+    def compile(self, sources, target):
+        objects = Path(self.build_temp).absolute()
+        objects.mkdir(parents=True, exist_ok=True)
+        (objects / "build.ninja").write_text(build_file(sources, target, objects, compiler()))
+        done = subprocess.run([ninja(), "-C", str(objects)], stdout=subprocess.PIPE, text=True, check=True)
+        print(done.stdout)
+
+
+def first_error(output: str) -> str:
+    """The line of a compiler's output that says what went wrong."""
+    lines = output.strip().splitlines() or ["ninja said nothing"]
+    return next((line for line in lines if "error" in line), lines[-1])
+
+
+sources = sorted(str(path) for folder in ("csrc", "csrc/cpu") for path in Path(folder).glob("*.cpp"))
+headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+setup(
+    packages=[*find_packages(include=["pefast", "pefast.*"]), "pefast.kernels"],
+    package_dir={"pefast": "pefast", "pefast.kernels": "kernels"},
+    ext_modules=[Extension("pefast._C", sources, depends=headers, optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -1,0 +1,181 @@
+"""A recipe: everything that one training run needs, from a YAML file and flags, checked before work begins."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class Source:
+    """Where the rows come from and how they are split."""
+
+    source: str  # a package that carries rows, or a .csv or .jsonl file
+    test_source: str | None = (
+        None  # a file of its own for the held-out rows; otherwise test_rows are split off
+    )
+    text: str = "text"
+    label: str = "label"
+    where: dict | None = None  # only rows whose columns have these values
+    names: dict | None = None  # the name to show for each label
+    train_rows: int | None = None  # at most so many
+    test_rows: int = 1000
+    seed: int = 0  # of the split, apart from the training's seed so that runs stay comparable
+
+
+@dataclass
+class Training:
+    """The loop."""
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch: int = 32
+    lr: float = 1e-3
+    warmup: float = 0.06  # share of the steps
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest norm of the gradient
+    max_length: int = 128
+    seed: int = 0
+    dtype: str = "float32"
+    threads: int | None = None  # torch's own choice
+
+
+@dataclass
+class Recipe:
+    """One run."""
+
+    model: str  # a package that carries a model, or a folder
+    data: Source
+    output: str
+    task: str = "text-classification"
+    methods: list[dict] = field(default_factory=list)  # each: method, and that method's settings
+    training: Training = field(default_factory=Training)
+
+
+def read(path: str | Path, changes: dict[str, object] | None = None) -> Recipe:
+    """The recipe of a YAML file with `changes` (dotted keys, such as "training.lr") laid over it.
+
+    Raises FileNotFoundError, or ValueError in one sentence for YAML that does not parse, an unknown key, a
+    missing key or a value of the wrong kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe: {path} is no file; examples/recipes has some to start from")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(
+            f"recipe: {path}{line} is not YAML ({getattr(error, 'problem', None) or error})"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe: {path} holds no keys; known keys are {_keys(Recipe)}")
+    for dotted, value in (changes or {}).items():
+        _change(content, dotted, value)
+    recipe = _build(Recipe, content, "recipe")
+    _check(recipe)
+    return recipe
+
+
+def written(recipe: Recipe) -> str:
+    """The recipe as YAML that `read` takes back."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def change(text: str) -> tuple[str, object]:
+    """`training.lr=0.01` as key and value. Raises ValueError without an equals sign."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set: {text!r} has no '='; write for instance training.lr=0.01")
+    return key.strip(), yaml.safe_load(value)
+
+
+def methods(recipe: Recipe) -> list:
+    """The method objects of a recipe. Raises ValueError for an unknown method or setting, naming the known ones."""
+    # the methods import torch, and reading a recipe must stay quick
+    import pefast
+
+    known = {"lora": pefast.LoRA, "adapter": pefast.Adapter, "prompt": pefast.Prompt}
+    made = []
+    for settings in recipe.methods:
+        settings = dict(settings)
+        name = settings.pop("method", None)
+        if name not in known:
+            raise ValueError(f"methods: {name!r} is not known; known methods are {', '.join(known)}")
+        unknown = [key for key in settings if key not in {f.name for f in dataclasses.fields(known[name])}]
+        if unknown:
+            raise ValueError(f"methods: {name} has no {unknown[0]!r}; known keys are {_keys(known[name])}")
+        made.append(known[name](**settings))
+    return made
+
+
+def _keys(cls) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def _change(content: dict, dotted: str, value: object) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise ValueError(f"--set: {section!r} in {dotted!r} has no keys below it")
+    content[key] = value
+
+
+def _build(cls, content: object, where: str):
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: {content!r} came; keys are wanted, known ones are {_keys(cls)}")
+    unknown = [key for key in content if key not in {f.name for f in dataclasses.fields(cls)}]
+    if unknown:
+        raise ValueError(f"{where}: {unknown[0]!r} is not known; known keys are {_keys(cls)}")
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for entry in dataclasses.fields(cls):
+        if entry.name in content:
+            values[entry.name] = _value(hints[entry.name], content[entry.name], f"{where}.{entry.name}")
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}: {entry.name!r} is missing; known keys are {_keys(cls)}")
+    return cls(**values)
+
+
+def _value(kind, value: object, where: str):
+    """`value` as `kind`; a number may be written as text, since YAML reads 1e-3 as a string."""
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)
+    choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in choices:
+        return None
+    kind = typing.get_origin(choices[0]) or choices[0]
+    if kind in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+        if number is not None and (kind is float or number.is_integer()):
+            return kind(number)
+    elif isinstance(value, kind):
+        return value
+    wanted = {int: "a whole number", float: "a number", str: "text", dict: "keys and values", list: "a list"}[
+        kind
+    ]
+    raise ValueError(f"{where}: {value!r} came; {wanted} is wanted")
+
+
+def _check(recipe: Recipe) -> None:
+    if recipe.data.names is not None:
+        # YAML reads 0 and 1 as numbers, a CSV file as text
+        recipe.data.names = {str(key): str(value) for key, value in recipe.data.names.items()}
+    wrong = [entry for entry in recipe.methods if not isinstance(entry, dict)]
+    if wrong:
+        raise ValueError(f"recipe.methods: {wrong[0]!r} came; each entry is `method: name` and its settings")
+    if recipe.training.dtype not in DTYPES:
+        raise ValueError(f"training.dtype: {recipe.training.dtype!r} came; it is one of {', '.join(DTYPES)}")
+    for name in ("epochs", "batch", "lr", "max_length"):
+        if not getattr(recipe.training, name) > 0:
+            raise ValueError(f"training.{name}: {getattr(recipe.training, name)} came; it should be above 0")

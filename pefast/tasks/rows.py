@@ -1,0 +1,82 @@
+"""Rows of text and label from CSV and JSON-lines files, and a split that is the same on every machine."""
+
+import csv
+import json
+import random
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+READERS = (".csv", ".jsonl")
+
+
+class Row(NamedTuple):
+    """One example."""
+
+    text: str
+    label: str
+
+
+def read(
+    path: Path, text: str = "text", label: str = "label", where: Mapping[str, object] | None = None
+) -> list[Row]:
+    """Rows of a .csv or .jsonl file whose columns named in `where` have the values given there.
+
+    Texts that repeat (letter case and spaces aside) are kept once, so that a split never has one text on both
+    sides. Raises ValueError for another kind of file, a missing column, or when no row is left.
+    """
+    rows, seen = [], set()
+    for number, record in enumerate(_records(path), 1):
+        missing = [column for column in (text, label, *(where or ())) if record.get(column) is None]
+        if missing:
+            raise ValueError(
+                f"{path.name}: row {number} has no {missing[0]!r}; its columns are {', '.join(map(str, record))}"
+            )
+        if any(str(record[column]) != str(value) for column, value in (where or {}).items()):
+            continue
+        key = " ".join(str(record[text]).casefold().split())
+        if key and key not in seen:
+            seen.add(key)
+            rows.append(Row(str(record[text]), str(record[label])))
+    if not rows:
+        raise ValueError(f"{path.name}: no row is left{f' where {dict(where)}' if where else ''}")
+    return rows
+
+
+def split(rows: list[Row], test_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Shuffles by `seed`; the first `test_rows` are held out. Raises ValueError where nothing is left to train on."""
+    if not 0 < test_rows < len(rows):
+        raise ValueError(
+            f"data.test_rows: {test_rows} of {len(rows)} rows; from 1 to {len(rows) - 1} can be held out"
+        )
+    order = list(rows)
+    # python's own generator gives the same order on every platform and release
+    random.Random(seed).shuffle(order)
+    return order[test_rows:], order[:test_rows]
+
+
+def without(rows: list[Row], held_out: Iterable[Row]) -> list[Row]:
+    """The rows whose text is in none of `held_out`."""
+    texts = {" ".join(row.text.casefold().split()) for row in held_out}
+    return [row for row in rows if " ".join(row.text.casefold().split()) not in texts]
+
+
+def _records(path: Path):
+    if path.suffix not in READERS:
+        raise ValueError(f"{path.name}: rows are read from {' and '.join(READERS)} files")
+    with path.open(encoding="utf-8", newline="") as stream:
+        if path.suffix == ".csv":
+            yield from csv.DictReader(stream)
+            return
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path.name}: line {number} is no JSON ({error.msg})") from error
+            if not isinstance(record, dict):
+                raise ValueError(
+                    f"{path.name}: line {number} is a {type(record).__name__}; each line should be an object"
+                )
+            yield record

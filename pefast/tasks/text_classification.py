@@ -1,0 +1,110 @@
+"""Text classification: one label for one text.
+
+loss      cross entropy of the head's logits [B, C]
+accuracy  the share of rows whose largest logit is the label's
+macro F1  F1 of each class, averaged with equal weight
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from .rows import Row
+
+
+def labels(rows: Sequence[Row], names: dict[str, str] | None = None) -> dict[str, str]:
+    """Each label that occurs, sorted, and the name to show for it. Raises ValueError where one has no name."""
+    found = sorted({row.label for row in rows})
+    if len(found) < 2:
+        raise ValueError(
+            f"text-classification: every row has the label {found[0]!r}; at least two are needed"
+        )
+    if names is None:
+        return {label: label for label in found}
+    unknown = [label for label in found if label not in names]
+    if unknown:
+        raise ValueError(
+            f"data.names: no name for the label {unknown[0]!r}; there are names for {', '.join(names)}"
+        )
+    return names
+
+
+def model(folder: str | Path, names: dict[str, str], dtype: torch.dtype) -> nn.Module:
+    """The pretrained model with a fresh head of one output a label."""
+    shown = list(names.values())
+    return AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        num_labels=len(shown),
+        id2label=dict(enumerate(shown)),
+        label2id={name: index for index, name in enumerate(shown)},
+        dtype=dtype,
+    )
+
+
+def encode(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, names: dict[str, str], max_length: int
+) -> list[dict]:
+    """Token ids of each row, cut at `max_length` and not padded, with the label's number."""
+    number = {label: index for index, label in enumerate(names)}
+    for row in rows:
+        if row.label not in number:
+            raise ValueError(
+                f"text-classification: the label {row.label!r} is new; known labels are {', '.join(names)}"
+            )
+    encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_length)
+    columns = {key: encoded[key] for key in encoded}
+    return [
+        {key: column[index] for key, column in columns.items()} | {"labels": number[row.label]}
+        for index, row in enumerate(rows)
+    ]
+
+
+def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], dict[str, Tensor]]:
+    """Pads each batch to its own longest row."""
+    return DataCollatorWithPadding(tokenizer)
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """The share of right answers in a batch, as a tensor, so that nothing waits for it."""
+    return (logits.argmax(-1) == labels).float().mean()
+
+
+def metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """accuracy and macro F1 of logits [n, C] against labels [n]."""
+    # scikit-learn belongs to the [train] extra and takes a second to load: only scoring needs it
+    from sklearn.metrics import accuracy_score, f1_score
+
+    guessed = logits.argmax(-1)
+    return {
+        "accuracy": float(accuracy_score(labels, guessed)),
+        "macro_f1": float(f1_score(labels, guessed, average="macro")),
+    }
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int = 512,
+    batch: int = 64,
+) -> Tensor:
+    """Logits [n, C] in the order of the texts; batches are made of texts of like length."""
+    was_training = model.training
+    model.eval()
+    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), index))
+    logits = [None] * len(rows)
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        inputs = tokenizer.pad({"input_ids": [rows[index] for index in chosen]}, return_tensors="pt").to(
+            model.device
+        )
+        for index, row in zip(chosen, model(**inputs).logits.float().cpu(), strict=True):
+            logits[index] = row
+    model.train(was_training)
+    return torch.stack(logits) if logits else torch.empty(0, model.config.num_labels)

@@ -1,0 +1,249 @@
+"""One run of a recipe: rows and model in, an adapter folder and its numbers out. The loop is transformers' Trainer."""
+
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+import pefast
+
+from . import recipe as recipes
+from . import tasks
+from .progress import Meter
+from .recipe import Recipe
+from .tasks import carried, rows
+from .tasks.rows import Row
+
+ADAPTER, RECIPE, METRICS = "adapter", "recipe.yaml", "metrics.json"
+
+
+@dataclass
+class Run:
+    """What a recipe becomes: the parts that training, scoring and predicting share."""
+
+    recipe: Recipe
+    task: ModuleType
+    tokenizer: PreTrainedTokenizerBase
+    model: nn.Module
+    train: list[Row]
+    test: list[Row]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Label as the rows have it, and the name to show."""
+        return self.recipe.data.names
+
+
+class AdapterTrainer(Trainer):
+    """transformers' Trainer that reports every step's loss and hits, and saves only what trains."""
+
+    def __init__(self, *args, meter: Meter, hits: Callable[[Tensor, Tensor], Tensor], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.meter, self.hits = meter, hits
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The Trainer's own loss; in training its value and the share of hits go to the meter."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            self.meter.add(loss.detach(), self.hits(outputs["logits"].detach(), inputs["labels"]))
+        return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # the Trainer would write the whole base model into every checkpoint
+        pefast.save(
+            self.accelerator.unwrap_model(self.model),
+            os.path.join(output_dir or self.args.output_dir, ADAPTER),
+        )
+
+
+def prepare(recipe: Recipe) -> Run:
+    """Reads the rows, splits them, and loads the base model with a fresh head; nothing is attached yet."""
+    _settle(recipe)
+    task = tasks.find(recipe.task)
+    train, test = _rows(recipe)
+    recipe.data.names = task.labels(train + test, recipe.data.names)
+    return Run(recipe, task, *_model(recipe, task), train, test)
+
+
+def attach(run: Run) -> None:
+    """Puts the recipe's methods on the model; without any, everything trains."""
+    methods = recipes.methods(run.recipe)
+    if methods:
+        pefast.attach(run.model, methods)
+
+
+def restore(folder: str | Path, with_rows: bool = True) -> Run:
+    """A trained run: a fresh base model with the folder's adapter on it, and its rows if they are wanted.
+
+    Raises FileNotFoundError where the folder holds no run.
+    """
+    folder = Path(folder)
+    if not (folder / RECIPE).is_file() or not (folder / ADAPTER).is_dir():
+        raise FileNotFoundError(
+            f"{folder} holds no trained run; `pefast train` writes {RECIPE} and {ADAPTER}/ into its output"
+        )
+    recipe = recipes.read(folder / RECIPE)
+    _settle(recipe)
+    task = tasks.find(recipe.task)
+    train, test = _rows(recipe) if with_rows else ([], [])
+    run = Run(recipe, task, *_model(recipe, task), train, test)
+    pefast.load(run.model, folder / ADAPTER)
+    return run
+
+
+def fit(run: Run, watcher: TrainerCallback, meter: Meter) -> dict[str, float]:
+    """Trains what is trainable; returns steps, seconds and the last steps' loss and accuracy."""
+    wanted = run.recipe.training
+    transformers.set_seed(wanted.seed)
+    arguments = TrainingArguments(
+        output_dir=run.recipe.output,
+        num_train_epochs=wanted.epochs,
+        max_steps=wanted.max_steps or -1,
+        per_device_train_batch_size=wanted.batch,
+        learning_rate=wanted.lr,
+        warmup_steps=wanted.warmup if wanted.warmup < 1 else int(wanted.warmup),
+        weight_decay=wanted.weight_decay,
+        max_grad_norm=wanted.clip,
+        train_sampling_strategy="group_by_length",
+        seed=wanted.seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = AdapterTrainer(
+        run.model,
+        arguments,
+        data_collator=run.task.collator(run.tokenizer),
+        train_dataset=run.task.encode(run.train, run.tokenizer, run.names, wanted.max_length),
+        processing_class=run.tokenizer,
+        callbacks=[watcher],
+        meter=meter,
+        hits=run.task.hits,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    start = time.perf_counter()
+    trainer.train()
+    loss, accuracy = meter.read()
+    seconds = time.perf_counter() - start
+    return {"steps": trainer.state.global_step, "seconds": seconds, "loss": loss, "train_accuracy": accuracy}
+
+
+def score(run: Run) -> tuple[Tensor, dict[str, float]]:
+    """Logits [n, C] of the held-out rows, and the task's metrics."""
+    logits = predict(run, [row.text for row in run.test])
+    number = {label: index for index, label in enumerate(run.names)}
+    return logits, run.task.metrics(logits.numpy(), np.array([number[row.label] for row in run.test]))
+
+
+def predict(run: Run, texts: Sequence[str]) -> Tensor:
+    """Logits [n, C] of any texts, in their order."""
+    return run.task.predict(run.model, run.tokenizer, texts, run.recipe.training.max_length)
+
+
+def named(run: Run, texts: Sequence[str]) -> list[tuple[str, float]]:
+    """For each text the most likely label's name, and its probability."""
+    shares, chosen = predict(run, texts).softmax(-1).max(-1)
+    return [
+        (run.model.config.id2label[index], share)
+        for index, share in zip(chosen.tolist(), shares.tolist(), strict=True)
+    ]
+
+
+def store(run: Run, metrics: dict[str, float]) -> Path:
+    """Writes the adapter, the recipe and the metrics to the recipe's output; each appears whole or not at all."""
+    folder = Path(run.recipe.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    pefast.save(run.model, folder / ADAPTER)
+    _replace(folder / RECIPE, recipes.written(run.recipe))
+    _replace(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+    return folder
+
+
+def trainable(model: nn.Module) -> tuple[int, int]:
+    """How many parameters train, and how many there are."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+
+def paired_steps(run: Run, pairs: int = 8) -> dict[str, float]:
+    """Milliseconds of one training step (forward and backward, same batch) by the automatic choice and by eager.
+
+    The two take turns, so that a change in the machine's speed meets both; each number is a median.
+    """
+    wanted = run.recipe.training
+    chosen = random.Random(0).sample(run.train, min(wanted.batch, len(run.train)))
+    batch = run.task.collator(run.tokenizer)(
+        run.task.encode(chosen, run.tokenizer, run.names, wanted.max_length)
+    )
+    batch = {key: value.to(run.model.device) for key, value in batch.items()}
+    run.model.train()
+    times = {"automatic": [], "eager": []}
+    for turn in range(pairs + 2):
+        for name, seconds in times.items():
+            taken = _step(run.model, batch, None if name == "automatic" else name)
+            # the first two turns fill caches
+            if turn >= 2:
+                seconds.append(taken)
+    run.model.zero_grad()
+    run.model.eval()
+    return {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+
+
+def _step(model: nn.Module, batch: dict[str, Tensor], backend: str | None) -> float:
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
+    model.zero_grad()
+    wait()
+    start = time.perf_counter()
+    if backend is None:
+        model(**batch).loss.backward()
+    else:
+        with pefast.backend(backend):
+            model(**batch).loss.backward()
+    wait()
+    return time.perf_counter() - start
+
+
+def _settle(recipe: Recipe) -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.set_seed(recipe.training.seed)
+    if recipe.training.threads:
+        torch.set_num_threads(recipe.training.threads)
+
+
+def _rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
+    data = recipe.data
+    found = rows.read(carried.resolve(data.source), data.text, data.label, data.where)
+    if data.test_source is None:
+        train, test = rows.split(found, data.test_rows, data.seed)
+    else:
+        test = rows.read(carried.resolve(data.test_source), data.text, data.label, data.where)
+        train = rows.without(found, test)
+        random.Random(data.seed).shuffle(train)
+    return train[: data.train_rows], test
+
+
+def _model(recipe: Recipe, task: ModuleType) -> tuple[PreTrainedTokenizerBase, nn.Module]:
+    folder = carried.resolve(recipe.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = task.model(folder, recipe.data.names, getattr(torch, recipe.training.dtype))
+    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _replace(path: Path, content: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(content, encoding="utf-8")
+    os.replace(beside, path)

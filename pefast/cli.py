@@ -16,7 +16,12 @@ except ModuleNotFoundError as missing:
         "and `python -m pefast.doctor` works without it"
     ) from None
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune transformers at the cost of the frozen model.",
+)
 console = Console(highlight=False)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `pefast train` wrote.")]
@@ -65,7 +70,8 @@ def train(
         training.attach(run)
         count, total = training.trainable(run.model)
         console.print(
-            f"{len(run.train):,} rows to learn from, {len(run.test):,} held out; {count:,} of {total:,} parameters train"
+            f"{len(run.train):,} rows to learn from, {len(run.test):,} held out; "
+            f"{count:,} of {total:,} parameters train"
         )
         before = training.score(run)[1]
         meter = Meter()

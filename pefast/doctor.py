@@ -58,7 +58,7 @@ def _native() -> Line:
             "built",
             "dropout and frozen products may run in csrc; `pefast explain` says where",
         )
-    cost = "every layer then runs in plain PyTorch: the same numbers, slower dropout (benchmarks/bench_dropout.py measures it)"
+    cost = "layers run in plain PyTorch: the same numbers, slower dropout (benchmarks/bench_dropout.py)"
     return Line("native extension", "missing", f"{native.WHY_NOT}; {cost}")
 
 

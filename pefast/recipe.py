@@ -1,4 +1,4 @@
-"""A recipe: everything that one training run needs, from a YAML file and flags, checked before work begins."""
+"""A recipe: all that one training run needs, from a YAML file and flags, checked before work begins."""
 
 import dataclasses
 import types
@@ -97,11 +97,13 @@ def change(text: str) -> tuple[str, object]:
 
 
 def methods(recipe: Recipe) -> list:
-    """The method objects of a recipe. Raises ValueError for an unknown method or setting, naming the known ones."""
-    # the methods import torch, and reading a recipe must stay quick
-    import pefast
+    """The method objects of a recipe.
 
-    known = {"lora": pefast.LoRA, "adapter": pefast.Adapter, "prompt": pefast.Prompt}
+    Raises ValueError for an unknown method or setting, naming the known ones.
+    """
+    # the methods import torch, and reading a recipe must stay quick
+    from .methods import METHODS as known
+
     made = []
     for settings in recipe.methods:
         settings = dict(settings)
@@ -169,6 +171,8 @@ def _value(kind, value: object, where: str):
 
 def _check(recipe: Recipe) -> None:
     if recipe.data.names is not None:
+        for word in (word for pair in recipe.data.names.items() for word in pair if isinstance(word, bool)):
+            raise ValueError(f"data.names: YAML reads an unquoted yes, no, on or off as {word}; put it in quotes")
         # YAML reads 0 and 1 as numbers, a CSV file as text
         recipe.data.names = {str(key): str(value) for key, value in recipe.data.names.items()}
     wrong = [entry for entry in recipe.methods if not isinstance(entry, dict)]

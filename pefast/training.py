@@ -1,4 +1,4 @@
-"""One run of a recipe: rows and model in, an adapter folder and its numbers out. The loop is transformers' Trainer."""
+"""One run of a recipe: rows and model in, an adapter folder and its numbers out; the loop is Trainer's."""
 
 import json
 import os
@@ -163,7 +163,7 @@ def named(run: Run, texts: Sequence[str]) -> list[tuple[str, float]]:
 
 
 def store(run: Run, metrics: dict[str, float]) -> Path:
-    """Writes the adapter, the recipe and the metrics to the recipe's output; each appears whole or not at all."""
+    """Writes adapter, recipe and metrics to the recipe's output; each appears whole or not at all."""
     folder = Path(run.recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
     pefast.save(run.model, folder / ADAPTER)
@@ -179,9 +179,9 @@ def trainable(model: nn.Module) -> tuple[int, int]:
 
 
 def paired_steps(run: Run, pairs: int = 8) -> dict[str, float]:
-    """Milliseconds of one training step (forward and backward, same batch) by the automatic choice and by eager.
+    """Milliseconds of one training step, forward and backward, by the automatic choice and by eager.
 
-    The two take turns, so that a change in the machine's speed meets both; each number is a median.
+    Both see the same batch and take turns, so that a change in the machine's speed meets both; medians.
     """
     wanted = run.recipe.training
     chosen = random.Random(0).sample(run.train, min(wanted.batch, len(run.train)))

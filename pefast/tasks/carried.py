@@ -40,8 +40,8 @@ CARRIED = {
 def find(name: str) -> Path:
     """The path of what a package carries.
 
-    Raises ModuleNotFoundError with the pip command where the package is missing, and ValueError where its file
-    is not the one that the numbers of this project were taken with.
+    Raises ModuleNotFoundError with the pip command where the package is missing, and ValueError where its
+    file is not the one that this project's numbers were taken with.
     """
     known = CARRIED[name]
     spec = importlib.util.find_spec(known.folder)
@@ -75,3 +75,8 @@ def _sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    # the Makefile installs what this prints
+    print(*(known.pin for known in CARRIED.values()))

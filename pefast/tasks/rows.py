@@ -29,9 +29,8 @@ def read(
     for number, record in enumerate(_records(path), 1):
         missing = [column for column in (text, label, *(where or ())) if record.get(column) is None]
         if missing:
-            raise ValueError(
-                f"{path.name}: row {number} has no {missing[0]!r}; its columns are {', '.join(map(str, record))}"
-            )
+            columns = ", ".join(map(str, record))
+            raise ValueError(f"{path.name}: row {number} has no {missing[0]!r}; its columns are {columns}")
         if any(str(record[column]) != str(value) for column, value in (where or {}).items()):
             continue
         key = " ".join(str(record[text]).casefold().split())
@@ -44,7 +43,10 @@ def read(
 
 
 def split(rows: list[Row], test_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Shuffles by `seed`; the first `test_rows` are held out. Raises ValueError where nothing is left to train on."""
+    """The rows to train on and the `test_rows` held out, shuffled by `seed`.
+
+    Raises ValueError where nothing is left to train on.
+    """
     if not 0 < test_rows < len(rows):
         raise ValueError(
             f"data.test_rows: {test_rows} of {len(rows)} rows; from 1 to {len(rows) - 1} can be held out"

@@ -17,7 +17,10 @@ from .rows import Row
 
 
 def labels(rows: Sequence[Row], names: dict[str, str] | None = None) -> dict[str, str]:
-    """Each label that occurs, sorted, and the name to show for it. Raises ValueError where one has no name."""
+    """Each label that occurs, sorted, and the name to show for it.
+
+    Raises ValueError where there is only one label, or one without a name.
+    """
     found = sorted({row.label for row in rows})
     if len(found) < 2:
         raise ValueError(

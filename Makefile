@@ -1,0 +1,64 @@
+# make demo   fine-tunes a real model on real text, saves it, loads it, uses it
+# make test   the whole test suite
+# Each makes its environment first and reuses it afterwards. PYTHON and VENV choose another one:
+#   make test PYTHON=python3.12 VENV=.venv312
+
+PYTHON ?= python3
+VENV ?= .venv
+# the CPU build where pip is set up to find it; elsewhere see README, "Installing"
+TORCH ?= torch==2.13.0
+EXTRAS ?= train,test,dev
+
+BIN := $(VENV)/bin
+RELEASE := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
+INSTALLED := $(VENV)/.installed-$(RELEASE)
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+# nothing may be fetched while a model runs
+RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python
+
+.DEFAULT_GOAL := help
+.PHONY: help environment demo test style format bench-smoke clean
+
+help:
+	@sed -n '1,4s/^# //p' Makefile
+	@echo "also: make environment | style | format | bench-smoke | clean; make demo QUICK=1 takes about a minute"
+
+environment: $(INSTALLED)
+
+demo: environment
+	$(RUN) examples/demo.py $(if $(QUICK),--quick)
+
+test: environment
+	$(RUN) -m pytest $(PYTEST)
+
+style: environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(CSRC),$(BIN)/clang-format --dry-run --Werror $(CSRC))
+	$(RUN) -m pytest -q tests/test_layout.py
+
+format: environment
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+# one round each: shows that every benchmark runs, measures nothing
+bench-smoke: environment
+	$(RUN) -m pytest -q benchmarks --benchmark-disable
+
+clean:
+	rm -rf build out *.egg-info .pytest_cache .ruff_cache .benchmarks pefast/*.so pefast/native/why_not.txt $(INSTALLED)
+	find . -name __pycache__ -type d -not -path "./.venv*" -prune -exec rm -rf {} +
+
+# torch first: every other requirement then takes the build that is already there. An editable install builds
+# csrc in place.
+$(INSTALLED): pyproject.toml setup.py constraints.txt pefast/tasks/carried.py $(CSRC)
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))" \
+	  || { echo "make: $(PYTHON) is $(RELEASE); 3.10 to 3.13 will do: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null \
+	  || { echo "make: $(PYTHON) cannot make environments; on Debian: apt-get install python3-venv python3-dev"; exit 1; }
+	@test -x $(BIN)/python$(RELEASE) || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install -q --no-deps $$($(BIN)/python -m pefast.tasks.carried)
+	@touch $@

@@ -1,0 +1,174 @@
+"""The command line from a recipe to labels, on a tiny model made here; and what it says when something is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from pefast import doctor, native, recipe, training
+from pefast.cli import app
+from pefast.progress import Meter, Watcher
+
+GOOD, BAD = "good great warm fine lovely".split(), "bad dull cold poor awful".split()
+WORDS = [*GOOD, *BAD, *"the a film story cast it was".split()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A seeded two-block BERT, its tokenizer, 96 rows that one word decides, and a recipe."""
+    folder = tmp_path_factory.mktemp("run")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocab = {word: index for index, word in enumerate(special + WORDS)}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(vocab), max_position_embeddings=32, **sizes)).save_pretrained(folder / "model")
+    lines = ["text,label"]
+    for index in range(96):
+        words = BAD if index % 2 else GOOD
+        filler = " ".join(WORDS[10 + (index // 2 + step) % 7] for step in range(1 + index // 2 % 9))
+        lines.append(f"{filler} {words[index // 2 % 5]} {WORDS[10 + index % 7]},{1 - index % 2}")
+    (folder / "rows.csv").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(
+        f"model: {folder}/model\noutput: {folder}/out\n"
+        f"data: {{source: {folder}/rows.csv, test_rows: 24, names: {{0: negative, 1: positive}}}}\n"
+        "methods:\n  - {method: lora, rank: 4}\n"
+        "training: {epochs: 12, batch: 8, lr: 1e-2, max_length: 16}\n",
+        encoding="utf-8",
+    )
+    return folder
+
+
+def pefast(*words, code=0):
+    """What one command prints, errors included."""
+    done = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The run's folder, trained once for all tests below."""
+    said = pefast("train", folder / "recipe.yaml")
+    assert "72 rows to learn from, 24 held out" in said and "training 108/108" in said
+    return folder / "out"
+
+
+def test_training_learns_and_writes_its_numbers(trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["accuracy"] >= 0.9 > metrics["before"]["accuracy"]
+    assert metrics["steps"] == 108 and 0 < metrics["trainable"] < metrics["parameters"]
+    # only what trains is on the disk: no file as large as the base model
+    base = (trained.parent / "model" / "model.safetensors").stat().st_size
+    assert sum(file.stat().st_size for file in (trained / "adapter").rglob("*") if file.is_file()) < base
+
+
+def test_a_restored_run_computes_the_same_bits(folder, trained):
+    first, second = training.restore(trained), training.restore(trained)
+    assert torch.equal(training.score(first)[0], training.score(second)[0])
+    assert training.score(first)[1]["accuracy"] == json.loads((trained / "metrics.json").read_text())["accuracy"]
+
+
+def test_two_trainings_give_the_same_bits(folder):
+    logits = []
+    for name in ("one", "two"):
+        changes = {"output": f"{folder}/{name}", "training.max_steps": 3}
+        run = training.prepare(recipe.read(folder / "recipe.yaml", changes))
+        training.attach(run)
+        meter = Meter()
+        training.fit(run, Watcher(meter), meter)
+        logits.append(training.score(run)[0])
+    assert torch.equal(*logits)
+
+
+def test_predictions_come_in_the_order_of_the_texts(trained):
+    run = training.restore(trained, with_rows=False)
+    texts = ["the film was good", "dull", "it was a warm story it was", "awful cast"]
+    together = training.predict(run, texts)
+    for text, row in zip(texts, together, strict=True):
+        torch.testing.assert_close(training.predict(run, [text])[0], row, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluate_and_predict(folder, trained):
+    assert "24 rows" in pefast("evaluate", trained)
+    assert "96 rows" in pefast("evaluate", trained, "--source", folder / "rows.csv")
+    (folder / "texts.txt").write_text("it was lovely\n\n", encoding="utf-8")
+    lines = pefast("predict", trained, "the cast was awful", "--file", folder / "texts.txt").splitlines()
+    assert [line.split()[0] for line in lines] == ["negative", "positive"]
+
+
+def test_explain_speaks_of_a_run_and_of_a_recipe(folder, trained):
+    for target in (trained, folder / "recipe.yaml"):
+        assert "query" in pefast("explain", target)
+
+
+def test_flags_and_set_lay_over_the_recipe(folder):
+    words = ("--lr", "0.5", "--batch", "4", "--output", folder / "flags", "--set", "training.max_steps=2")
+    pefast("train", folder / "recipe.yaml", *words)
+    kept = recipe.read(folder / "flags" / "recipe.yaml").training
+    assert (kept.lr, kept.batch, kept.max_steps) == (0.5, 4, 2)
+
+
+def test_without_methods_everything_trains(folder):
+    run = training.prepare(recipe.read(folder / "recipe.yaml", {"methods": []}))
+    training.attach(run)
+    count, total = training.trainable(run.model)
+    assert count == total
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "no.yaml"], "no.yaml is no file"),
+        (["train", "{recipe}", "--set", "training.speed=9"], "'speed' is not known; known keys are epochs"),
+        (["train", "{recipe}", "--set", "data.source=gone.csv"], "no such file or folder"),
+        (["train", "{recipe}", "--set", "task=poetry"], "known tasks are text-classification"),
+        (["train", "{recipe}", "--set", "methods=[{method: lora, rank: 0}]"], "rank"),
+        (["train", "{recipe}", "--lr", "1e30"], "a smaller training.lr may help"),
+        (["evaluate", "{folder}"], "holds no trained run"),
+        (["predict", "{folder}"], "no text came"),
+    ],
+)
+def test_mistakes_are_answered_in_one_sentence(folder, words, said):
+    filled = [word.format(recipe=folder / "recipe.yaml", folder=folder) for word in words]
+    output = f"{folder}/mistake"
+    before = {path.name for path in folder.iterdir()}
+    printed = pefast(*filled, *(["--output", output] if words[0] == "train" else []), code=2)
+    assert said in printed and "Traceback" not in printed and printed.splitlines()[-1].startswith("pefast: ")
+    assert {path.name for path in folder.iterdir()} == before
+
+
+def test_doctor_says_what_is_missing_and_what_it_costs(monkeypatch):
+    assert "native extension" in pefast("doctor")
+    monkeypatch.setattr(native, "C", None)
+    monkeypatch.setattr(native, "WHY_NOT", "it was never built")
+    line = next(line for line in doctor.look() if line.name == "native extension")
+    assert line.found == "missing" and "it was never built" in line.meaning and "plain PyTorch" in line.meaning
+
+
+def test_doctor_without_anything_optional(monkeypatch):
+    find = doctor.importlib.util.find_spec
+    optional = {*doctor.EXTRAS, "triton"}
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name in optional else find(name))
+    missing = {line.name for line in doctor.look() if line.found == "missing"}
+    assert missing >= {"accelerate", "scikit-learn", "pyyaml", "peft", "triton"}
+
+
+def test_help_and_a_wrong_recipe_do_not_wait_for_torch():
+    code = "import sys, pefast.cli, pefast.recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_without_its_libraries_the_command_line_names_them():
+    code = "import sys; sys.modules['typer'] = None; import pefast.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "needs typer" in done.stderr and "Traceback" not in done.stderr

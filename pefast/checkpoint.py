@@ -1,0 +1,258 @@
+"""Adapters on disk. One method is one PEFT folder; several are a folder of such folders and a manifest.
+
+    adapter_config.json, adapter_model.safetensors          one method, as Hugging Face PEFT writes it
+    pefast.json, <key>/adapter_config.json ..., head.safetensors   several: key is lora, adapter, prompt ...
+
+A folder is written beside its place and renamed into it, so it is never half written.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pefast import __version__
+from pefast.methods import METHODS
+from pefast.model import activate, attach, attached, detach, head_tensors
+
+MANIFEST, CONFIG, TENSORS, HEAD = (
+    "pefast.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "head.safetensors",
+)
+_PEFT_TYPES = {"LORA": "lora", "PROMPT_TUNING": "prompt", "PEFAST_ADAPTER": "adapter"}
+_TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def save(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> Path:
+    """Writes one adapter, with its task head, to a folder: the one called `name`, or the only active one.
+
+    LoRA and Prompt are PEFT's own files, which PeftModel.from_pretrained reads. An adapter of several methods
+    gets a sub-folder for each and a manifest. The folder appears whole or not at all; other files in it are
+    kept. Raises ValueError where it is not clear which adapter is meant.
+    """
+    state = attached(model, "save")
+    name = _one_adapter(state, name)
+    methods = state.adapters[name]
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        part.chmod(0o755)
+        if len(methods) == 1:
+            (key,) = methods
+            _write_method(model, part, name, key, with_head=True)
+        else:
+            for key in methods:
+                (part / key).mkdir()
+                _write_method(model, part / key, name, key, with_head=False)
+            head = _plain(head_tensors(model, name))
+            if head:
+                save_file(head, part / HEAD, metadata={"format": "pt"})
+            _write_json(
+                part / MANIFEST, {"pefast_version": __version__, "methods": list(methods), "head": bool(head)}
+            )
+        _move_into_place(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _one_adapter(state, name: str | None) -> str:
+    if name is None:
+        choice = state.router.active if len(state.adapters) > 1 else tuple(state.adapters)
+        if len(choice) != 1:
+            raise ValueError(
+                f"save: several adapters are meant, {sorted(choice or state.adapters)}; name= one of them"
+            )
+        return choice[0]
+    if name not in state.adapters:
+        raise ValueError(f"save: no adapter is called {name!r}; there are {sorted(state.adapters)}")
+    return name
+
+
+def _write_method(model: nn.Module, folder: Path, name: str, key: str, with_head: bool) -> None:
+    method = attached(model, "save").adapters[name][key]
+    tensors, config = method.tensors(model, name, key), method.config(model, name, key)
+    config |= {
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
+        "inference_mode": True,
+        "pefast_version": __version__,
+    }
+    if task := _task_type(model):
+        config["task_type"] = task
+    else:
+        config["auto_mapping"] = {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        }
+    if with_head and (head := head_tensors(model, name)):
+        tensors = tensors | {_head_key(method.kind, path): tensor for path, tensor in head.items()}
+        config["modules_to_save"] = sorted({path.split(".")[0] for path in head})
+    save_file(_plain(tensors), folder / TENSORS, metadata={"format": "pt"})
+    _write_json(folder / CONFIG, config)
+
+
+def _head_key(kind: str, path: str) -> str:
+    # PEFT puts one level less before the head of a prompt-learning checkpoint
+    return f"base_model.{path}" if kind == "prompt" else f"base_model.model.{path}"
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _task_type(model: nn.Module) -> str | None:
+    return next((task for ending, task in _TASK_TYPES.items() if type(model).__name__.endswith(ending)), None)
+
+
+def _move_into_place(part: Path, folder: Path) -> None:
+    if not folder.exists():
+        os.rename(part, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    os.rename(folder, old / "was")
+    os.rename(part, folder)
+    ours = {MANIFEST, CONFIG, TENSORS, HEAD}
+    for other in (old / "was").iterdir():
+        stale = other.name in ours or (other / CONFIG).exists()
+        if not stale and not (folder / other.name).exists():
+            os.rename(other, folder / other.name)
+    shutil.rmtree(old)
+
+
+def load(
+    model: nn.Module, folder: str | os.PathLike, name: str = "default", *, trainable: bool = True
+) -> nn.Module:
+    """Attaches the adapter that a folder holds, under `name`, in place: pefast's own folders and PEFT's LoRA
+    and prompt tuning.
+
+    With trainable=False its parameters are frozen. Raises FileNotFoundError or ValueError, in one sentence
+    that names the tensor and both shapes where they differ, and then leaves the model as it was.
+    """
+    folder = Path(folder)
+    parts = _read(folder)
+    methods = [METHODS[part.kind].from_config(part.config, part.tensors) for part in parts.methods]
+    before = model._pefast.router.active if hasattr(model, "_pefast") else None
+    rng = torch.get_rng_state()
+    attach(model, methods, name, head=bool(parts.head))
+    # the numbers drawn for parameters that the file replaces do not count
+    torch.set_rng_state(rng)
+    try:
+        pairs = _pair(model, name, parts, folder)
+    except ValueError:
+        detach(model, name)
+        if before:
+            activate(model, before)
+        raise
+    with torch.no_grad():
+        for parameter, value in pairs:
+            parameter.copy_(value)
+            parameter.requires_grad_(trainable)
+    return model
+
+
+class _Part(NamedTuple):
+    """One method's files."""
+
+    kind: str
+    config: dict
+    tensors: dict[str, Tensor]
+
+
+class _Folder(NamedTuple):
+    """What an adapter folder holds: its methods, and its head's tensors by their path in the base model."""
+
+    methods: list[_Part]
+    head: dict[str, Tensor]
+
+
+def _read(folder: Path) -> _Folder:
+    if (folder / MANIFEST).exists():
+        manifest = _read_json(folder / MANIFEST)
+        methods = [_read_method(folder / key) for key in manifest["methods"]]
+        return _Folder(methods, _read_tensors(folder / HEAD) if manifest["head"] else {})
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(
+            f"load: {folder} has neither {CONFIG} nor {MANIFEST}; a folder that save wrote would be right"
+        )
+    part = _read_method(folder)
+    owns = METHODS[part.kind].owns
+    own = {key: tensor for key, tensor in part.tensors.items() if owns(key)}
+    prefix = _head_key(part.kind, "")
+    head = {key.removeprefix(prefix): tensor for key, tensor in part.tensors.items() if not owns(key)}
+    return _Folder([part._replace(tensors=own)], head)
+
+
+def _read_method(folder: Path) -> _Part:
+    config = _read_json(folder / CONFIG)
+    kind = _PEFT_TYPES.get(config.get("peft_type"))
+    if kind is None:
+        raise ValueError(
+            f"load: {folder} holds a {config.get('peft_type')}; pefast reads {', '.join(_PEFT_TYPES)}"
+        )
+    return _Part(kind, config, _read_tensors(folder / TENSORS))
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"load: {path} is not JSON: {error}") from None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FileNotFoundError(f"load: {path} is missing; the folder is not whole")
+    try:
+        tensors = load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"load: {path} is damaged or cut off: {error}") from None
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"load: tensor {key} in {path} has values that are NaN or infinite")
+    return tensors
+
+
+def _pair(model: nn.Module, name: str, parts: _Folder, folder: Path) -> list[tuple[Tensor, Tensor]]:
+    """(parameter, new value) for every tensor; raises ValueError where file and model do not fit."""
+    pairs = []
+    for (key, method), part in zip(
+        attached(model, "load").adapters[name].items(), parts.methods, strict=True
+    ):
+        pairs += _pair_tensors(method.tensors(model, name, key), part.tensors, model, folder)
+    return pairs + _pair_tensors(head_tensors(model, name), parts.head, model, folder)
+
+
+def _pair_tensors(wanted: dict[str, Tensor], given: dict[str, Tensor], model: nn.Module, folder: Path):
+    where = f"load: {folder} does not fit this {type(model).__name__}"
+    if lost := sorted(set(given) - set(wanted)):
+        raise ValueError(f"{where}: its tensor {lost[0]} has no place in the model ({len(lost)} such)")
+    if lost := sorted(set(wanted) - set(given)):
+        raise ValueError(f"{where}: it has no tensor {lost[0]} ({len(lost)} such)")
+    for key, parameter in wanted.items():
+        if parameter.shape != given[key].shape:
+            raise ValueError(
+                f"{where}: tensor {key} is {list(given[key].shape)} in the file"
+                f" and {list(parameter.shape)} in the model"
+            )
+    return [(parameter, given[key]) for key, parameter in wanted.items()]

@@ -1,0 +1,1 @@
+"""Hands in plain PyTorch: always there, on every device."""

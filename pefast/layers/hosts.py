@@ -1,0 +1,192 @@
+"""Layers that carry deltas. A layer becomes a host in place: it keeps its object, its weight and its names,
+and changes its class; leaving gives the class back. So a model's own state dict, hooks and ties stay as they
+are.
+"""
+
+import copy
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from pefast.formats import format_of
+from pefast.layers.lowrank import LowRank
+from pefast.layers.router import Router
+from pefast.ops.delta_linear import delta_linear
+
+
+class Across(LowRank):
+    """A delta from the input of one linear to the output of a later one in the same block."""
+
+    h: Tensor | None = None  # [..., R]  on its way from the entry to the exit
+
+
+class After(LowRank):
+    """A delta of a linear's own output: y + scale · (σ(y aᵀ + c) bᵀ + d)."""
+
+
+class Tap:
+    """A forward pre-hook at the entry of an Across delta: computes its waist where the block's input passes
+    by."""
+
+    def __init__(self, delta: Across, name: str, router: Router):
+        self.delta, self.name, self.router = delta, name, router
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if any(name == self.name for name, _ in self.router.turns):
+            self.delta.h = self.delta.waist(args[0])
+
+
+class DeltaHost(nn.Module):
+    """A frozen linear layer with deltas by adapter name and key; `deltas[name][key]` is a LowRank."""
+
+    hosts_deltas = True
+    deltas: nn.ModuleDict
+    router: Router
+    merged: tuple[str, ...]
+    unmerged: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        segments, after = [], []
+        if not self.merged:
+            for name, index in self.router.turns:
+                if name in self.deltas:
+                    for delta in self.deltas[name].values():
+                        if isinstance(delta, After):
+                            after.append((delta, index))
+                        else:
+                            segments.append(_segment(delta, index))
+        if not segments and not after:
+            return super().forward(x)
+        ids = self.router.rows
+        weight = format_of(self).weight(self)
+        y = delta_linear(x, weight, tuple(segments), self.bias, ids=ids) if segments else super().forward(x)
+        for delta, index in after:
+            step = delta(y).to(y.dtype)
+            y = y + (step if index is None else step * row_mask(ids, index, step))
+        return y
+
+
+def _segment(delta: LowRank, index: int | None):
+    if not isinstance(delta, Across):
+        return delta.segment(index)
+    if delta.h is None:
+        raise RuntimeError(
+            "pefast: an adapter's block ran its last layer without its first; its waist is not there"
+        )
+    segment, delta.h = delta.segment(index, delta.h), None
+    return segment
+
+
+def row_mask(rows: Tensor, index: int, like: Tensor) -> Tensor:
+    """1 where a sequence of the batch takes the adapter of this index, shaped to broadcast over `like` [B,
+    ...]."""
+    return (rows == index).to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+@functools.cache
+def _hosting(cls: type) -> type:
+    return type(
+        f"Delta{cls.__name__}", (DeltaHost, cls), {"__doc__": f"{cls.__name__} with deltas beside it."}
+    )
+
+
+def host(linear: nn.Module, router: Router) -> None:
+    """Makes a linear layer a host, in place. Its own parameters stay what they are."""
+    if not isinstance(linear, DeltaHost):
+        linear.__class__ = _hosting(type(linear))
+        linear.deltas, linear.router, linear.merged, linear.unmerged = nn.ModuleDict(), router, (), None
+
+
+def add_delta(linear: nn.Module, router: Router, name: str, key: str, delta: LowRank) -> None:
+    """Puts a delta on a linear layer, which becomes a host if it is none."""
+    host(linear, router)
+    if name not in linear.deltas:
+        linear.deltas[name] = nn.ModuleDict()
+    linear.deltas[name][key] = delta.train(linear.training)
+
+
+def drop_deltas(linear: DeltaHost, name: str) -> None:
+    """Takes an adapter's deltas off; the last one to go gives the layer its own class back."""
+    if name in linear.deltas:
+        del linear.deltas[name]
+    if not linear.deltas:
+        del linear.deltas, linear.router, linear.merged, linear.unmerged
+        linear.__class__ = type(linear).__mro__[2]
+
+
+@torch.no_grad()
+def merge_deltas(linear: DeltaHost, names: tuple[str, ...]) -> None:
+    """Adds the named adapters' deltas to the weight, summed in fp32 or wider and rounded once; keeps the
+    weight for `unmerge_deltas`."""
+    deltas = [delta for name in names if name in linear.deltas for delta in linear.deltas[name].values()]
+    linear.merged = names
+    if not deltas:
+        return
+    weight = format_of(linear).weight(linear)  # [N, K]
+    linear.unmerged = linear.weight.detach().clone()
+    total = sum(delta.delta_weight() for delta in deltas)
+    weight.copy_((weight + total.to(weight.device)).to(weight.dtype))
+
+
+@torch.no_grad()
+def unmerge_deltas(linear: DeltaHost) -> None:
+    """Gives the weight back as it was, bit for bit."""
+    if linear.unmerged is not None:
+        linear.weight.copy_(linear.unmerged)
+    linear.merged, linear.unmerged = (), None
+
+
+class HeadHost(nn.Module):
+    """A task head with one trained copy for each adapter; the head's own parameters stay frozen."""
+
+    hosts_deltas = True
+    copies: nn.ModuleDict
+    router: Router
+
+    def forward(self, *args, **kwargs):
+        turns = [(name, index) for name, index in self.router.turns if name in self.copies]
+        rows = self.router.rows
+        if not turns or rows is not None:
+            y = super().forward(*args, **kwargs)
+        if rows is None:
+            # of several active adapters the last one's head answers
+            return self.copies[turns[-1][0]](*args, **kwargs) if turns else y
+        for name, index in turns:
+            y = torch.where(row_mask(rows, index, y).bool(), self.copies[name](*args, **kwargs), y)
+        return y
+
+
+@functools.cache
+def _heading(cls: type) -> type:
+    return type(
+        f"Head{cls.__name__}", (HeadHost, cls), {"__doc__": f"{cls.__name__} with a copy for each adapter."}
+    )
+
+
+def add_head(head: nn.Module, router: Router, name: str, copy: nn.Module) -> None:
+    """Gives a task head a trained copy for this adapter; the head becomes a host if it is none."""
+    if not isinstance(head, HeadHost):
+        head.__class__ = _heading(type(head))
+        head.copies, head.router = nn.ModuleDict(), router
+    head.copies[name] = copy
+
+
+def head_copy(head: nn.Module) -> nn.Module:
+    """A deep copy of a head as it is without any adapter."""
+    if isinstance(head, HeadHost):
+        bare = copy.copy(head)
+        bare.__class__ = type(head).__mro__[2]
+        bare.__dict__ = {key: value for key, value in head.__dict__.items() if key != "router"}
+        bare._modules = {key: value for key, value in head._modules.items() if key != "copies"}
+        head = bare
+    return copy.deepcopy(head)
+
+
+def drop_head(head: HeadHost, name: str) -> None:
+    """Takes an adapter's copy off; the last one to go gives the head its own class back."""
+    if name in head.copies:
+        del head.copies[name]
+    if not head.copies:
+        del head.copies, head.router
+        head.__class__ = type(head).__mro__[2]

@@ -1,0 +1,95 @@
+"""One delta's own parameters: the down and up halves of a segment of the waist."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pefast.eager.activations import ACTIVATIONS
+from pefast.ops.delta_linear import Segment
+from pefast.ops.dropout import dropout
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that trained parameters have beside a frozen weight of this dtype: fp32 beside halves, as
+    PEFT has it."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def lora_scale(who: str, rank: int, alpha: float | None, rslora: bool) -> float:
+    """alpha / rank, or alpha / √rank for rsLoRA; alpha None means alpha = rank. Raises ValueError for a rank
+    below 1."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"{who}: rank is {rank!r}; a whole number from 1 up would be right")
+    alpha = rank if alpha is None else alpha
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def check_rate(who: str, rate: float) -> None:
+    """Raises ValueError unless 0 <= rate < 1."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{who}: dropout is {rate!r}; a rate from 0 to below 1 would be right")
+
+
+def check_activation(who: str, activation: str) -> None:
+    """Raises ValueError for a name that no hand knows."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{who}: no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+
+
+class LowRank(nn.Module):
+    """h = σ(dropout(x) aᵀ + c), delta = scale · (h bᵀ + d), with a [R, K], b [N, R], c [R] and d [N].
+
+    A LoRA has σ = identity and neither c nor d. b and d start at zero, so a new delta changes nothing.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        in_features: int,
+        out_features: int,
+        *,
+        scale: float = 1.0,
+        activation: str = "identity",
+        dropout: float = 0.0,
+        biases: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.scale, self.activation, self.dropout = scale, activation, float(dropout)
+        place = {"device": device, "dtype": dtype}
+        self.a = nn.Parameter(torch.empty(rank, in_features, **place))
+        self.b = nn.Parameter(torch.zeros(out_features, rank, **place))
+        self.c = nn.Parameter(torch.zeros(rank, **place)) if biases else None
+        self.d = nn.Parameter(torch.zeros(out_features, **place)) if biases else None
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def segment(self, adapter: int | None = None, h: Tensor | None = None) -> Segment:
+        """This delta as a segment of a call; with `h` [..., R], the part after the waist alone."""
+        rate = self.dropout if self.training else 0.0
+        if h is None:
+            return Segment(self.a, self.b, self.scale, self.activation, self.c, self.d, rate, adapter)
+        return Segment(None, self.b, self.scale, "identity", None, self.d, 0.0, adapter, h)
+
+    def waist(self, x: Tensor) -> Tensor:  # [..., K] -> [..., R]
+        """The part before the waist alone, for a delta that begins at one linear and ends at another."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x_hat = dropout(x, self.dropout, self.training)
+        c = None if self.c is None else self.c.to(x.dtype)
+        return ACTIVATIONS[self.activation].forward(nn.functional.linear(x_hat, self.a.to(x.dtype), c))
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        """The delta alone, for a place where there is no frozen product to ride on."""
+        h = self.waist(x)
+        d = None if self.d is None else self.d.to(h.dtype)
+        return self.scale * nn.functional.linear(h, self.b.to(h.dtype), d)
+
+    def delta_weight(self) -> Tensor:  # [N, K]
+        """scale · b a, for a delta without an activation."""
+        return self.scale * (self.b @ self.a)
+
+    def extra_repr(self) -> str:
+        shape = f"rank={self.a.shape[0]}, scale={self.scale:g}"
+        return f"{shape}, activation={self.activation}, dropout={self.dropout}"

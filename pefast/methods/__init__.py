@@ -1,0 +1,9 @@
+"""Ways to tune a model: one file a method, and METHODS, by the name that recipes and folders use."""
+
+from pefast.methods.adapter import Adapter
+from pefast.methods.lora import LoRA
+from pefast.methods.prompt import Prompt
+
+METHODS = {method.kind: method for method in (LoRA, Adapter, Prompt)}
+
+__all__ = ["METHODS", "Adapter", "LoRA", "Prompt"]

@@ -1,0 +1,138 @@
+"""LoRA: a low-rank update beside any linear layer. Hu et al. 2021, arXiv:2106.09685.
+
+Files are Hugging Face PEFT's own: adapter_config.json with peft_type LORA, tensors `<path>.lora_A.weight` [R,
+K] and `<path>.lora_B.weight` [N, R].
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from pefast.formats import format_of
+from pefast.layers.hosts import add_delta
+from pefast.layers.lowrank import LowRank, check_rate, lora_scale, master_dtype
+from pefast.methods.places import deltas_of, pick_linears
+
+
+@dataclass
+class LoRA:
+    """scale · dropout(x) aᵀ bᵀ beside each chosen linear layer; a random, b zero, so it starts as the base
+    model.
+
+    targets     "all-linear" (every linear but the output embedding and the task head, as PEFT means it), a
+                regular
+                expression for whole paths, or names: whole paths or their ends ("q_proj", "mlp.up_proj")
+    exclude     the same forms; taken out of targets
+    layers      numbers of the blocks to choose from; None: all
+    rank, alpha scale is alpha / rank, or alpha / √rank with rslora; alpha None means alpha = rank
+    dropout     on x, its own mask for each layer
+    ranks, alphas   {path: value} for layers that differ, as PEFT's rank_pattern and alpha_pattern
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: str | Sequence[str] = "all-linear"
+    exclude: str | Sequence[str] = ()
+    layers: Sequence[int] | None = None
+    rslora: bool = False
+    ranks: dict[str, int] | None = None
+    alphas: dict[str, float] | None = None
+
+    kind: ClassVar[str] = "lora"
+    merges: ClassVar[bool] = True
+
+    def check(self) -> None:
+        """Raises ValueError for settings that no model could take."""
+        lora_scale("LoRA", self.rank, self.alpha, self.rslora)
+        check_rate("LoRA", self.dropout)
+
+    def plan(self, model: nn.Module) -> list[str]:
+        """Paths of the layers it will enter. Changes nothing; raises ValueError where nothing matches."""
+        return pick_linears(model, self.targets, self.exclude, self.layers)
+
+    def enter(self, model: nn.Module, name: str, key: str, plan: list[str], router) -> None:
+        """Puts its deltas on the planned layers."""
+        for path in plan:
+            linear = model.get_submodule(path)
+            n, k = format_of(linear).weight(linear).shape
+            rank, alpha = _for_path(self.ranks, path, self.rank), _for_path(self.alphas, path, self.alpha)
+            scale = lora_scale("LoRA", rank, alpha, self.rslora)
+            place = {"device": linear.weight.device, "dtype": master_dtype(linear.weight.dtype)}
+            add_delta(
+                linear, router, name, key, LowRank(rank, k, n, scale=scale, dropout=self.dropout, **place)
+            )
+
+    def leave(self, model: nn.Module, name: str, key: str) -> None:
+        """Nothing of its own to undo: the hosts drop their deltas."""
+
+    def tensors(self, model: nn.Module, name: str, key: str) -> dict[str, Tensor]:
+        """Its parameters under the names that the file gives them."""
+        found = {}
+        for path, delta in deltas_of(model, name, key):
+            found[f"base_model.model.{path}.lora_A.weight"] = delta.a
+            found[f"base_model.model.{path}.lora_B.weight"] = delta.b
+        return found
+
+    def config(self, model: nn.Module, name: str, key: str) -> dict:
+        """PEFT's adapter_config.json."""
+        hosts = {path: model.get_submodule(path) for path, _ in deltas_of(model, name, key)}
+        return {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.rank if self.alpha is None else self.alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "bias": "none",
+            "fan_in_fan_out": any(format_of(host).transposed(host) for host in hosts.values()),
+            "target_modules": sorted(hosts),
+            "rank_pattern": dict(self.ranks or {}),
+            "alpha_pattern": dict(self.alphas or {}),
+            "init_lora_weights": True,
+        }
+
+    @staticmethod
+    def owns(key: str) -> bool:
+        """Whether a tensor of that name in a file is the method's own, and not the head's."""
+        return re.search(r"\.lora_[AB]\.weight$", key) is not None
+
+    @classmethod
+    def from_config(cls, config: dict, tensors: dict[str, Tensor]) -> "LoRA":
+        """The settings of a PEFT checkpoint. Raises ValueError for PEFT options that change the arithmetic
+        and are not here."""
+        for option in (
+            "use_dora",
+            "lora_bias",
+            "alora_invocation_tokens",
+            "target_parameters",
+            "layer_replication",
+            "use_qalora",
+        ):
+            if config.get(option):
+                raise ValueError(f"load: the checkpoint uses {option}, which pefast's LoRA does not have")
+        if config.get("bias", "none") != "none":
+            raise ValueError(
+                f"load: the checkpoint has bias={config['bias']!r}; pefast's LoRA loads bias='none'"
+            )
+        paths = {key.removeprefix("base_model.model.").rsplit(".", 2)[0] for key in tensors if cls.owns(key)}
+        return cls(
+            rank=config["r"],
+            alpha=config.get("lora_alpha"),
+            dropout=config.get("lora_dropout", 0.0),
+            targets=sorted(paths),
+            rslora=config.get("use_rslora", False),
+            ranks=config.get("rank_pattern") or None,
+            alphas=config.get("alpha_pattern") or None,
+        )
+
+
+def _for_path(pattern: dict | None, path: str, otherwise):
+    """The value that PEFT's rank_pattern or alpha_pattern gives a path: the first key that ends it, as a
+    regular expression."""
+    for key, value in (pattern or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", path):
+            return value
+    return otherwise

@@ -1,0 +1,84 @@
+"""Finding the layers that a method enters, and the deltas that it left there."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from pefast.architectures import heads
+from pefast.formats import format_of
+from pefast.layers.hosts import DeltaHost
+from pefast.layers.lowrank import LowRank
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer whose weight a format knows, by path; what a method or a head copy brought is left out."""
+    found, own = {}, []
+    for path, module in model.named_modules():
+        if any(path.startswith(prefix) for prefix in own):
+            continue
+        if isinstance(module, LowRank) or path.rsplit(".", 1)[-1] == "copies":
+            own.append(path + ".")
+        elif format_of(module) is not None:
+            found[path] = module
+    return found
+
+
+def pick_linears(model: nn.Module, targets, exclude=(), layers: Sequence[int] | None = None) -> list[str]:
+    """Paths of the linear layers that `targets` means. Raises ValueError, with names that exist, where none
+    matches."""
+    everything = linears(model)
+    last = getattr(model, "get_output_embeddings", lambda: None)()
+    closed = tuple(f"{head}." for head in heads(model))
+    chosen = []
+    for path, module in everything.items():
+        if module is last or f"{path}.".startswith(closed):
+            # named by its whole path, the output embedding can be meant; "all-linear" never means it
+            if module is not last or _is_all(targets) or not _matches(path, targets):
+                continue
+        if (
+            (_is_all(targets) or _matches(path, targets))
+            and not (exclude and _matches(path, exclude))
+            and _in_layers(path, layers)
+        ):
+            chosen.append(path)
+    if not chosen:
+        names = list(everything)
+        raise ValueError(
+            f"attach: no linear layer matches {targets!r}; names look like {', '.join(_some(names))}"
+        )
+    return chosen
+
+
+def _is_all(targets) -> bool:
+    return isinstance(targets, str) and targets.lower() == "all-linear"
+
+
+def _matches(path: str, targets) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None or path.endswith(f".{targets}")
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def _in_layers(path: str, layers: Sequence[int] | None) -> bool:
+    number = re.search(r"\.(\d+)\.", f".{path}.")
+    return layers is None or (number is not None and int(number[1]) in layers)
+
+
+def _some(names: list[str]) -> list[str]:
+    """A few names, one for each different ending."""
+    return list({name.rsplit(".", 1)[-1]: name for name in reversed(names)}.values())[-6:]
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, DeltaHost]]:
+    """Every layer that carries deltas, by path."""
+    for path, module in model.named_modules():
+        if isinstance(module, DeltaHost):
+            yield path, module
+
+
+def deltas_of(model: nn.Module, name: str, key: str) -> Iterator[tuple[str, LowRank]]:
+    """The deltas that one method of one adapter has on the model, by the path of their host."""
+    for path, host in hosts(model):
+        if name in host.deltas and key in host.deltas[name]:
+            yield path, host.deltas[name][key]

@@ -1,0 +1,245 @@
+"""A model and its adapters: attach, detach, activate, route, merge, unmerge. Saving is in checkpoint.py,
+explain in report.py.
+
+Everything happens in place and nothing is half done: every check comes before the first change.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pefast.architectures import heads
+from pefast.layers.hosts import (
+    DeltaHost,
+    HeadHost,
+    add_head,
+    drop_deltas,
+    drop_head,
+    head_copy,
+    merge_deltas,
+    unmerge_deltas,
+)
+from pefast.layers.router import Router
+from pefast.methods import METHODS
+from pefast.methods.places import hosts
+
+
+class Attached:
+    """What pefast keeps beside a model: its adapters' methods by name and key, and what trained before."""
+
+    def __init__(self, model: nn.Module):
+        self.router = Router()
+        self.adapters: dict[str, dict[str, object]] = {}
+        self.merged: tuple[str, ...] = ()
+        self.trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def attached(model: nn.Module, who: str) -> Attached:
+    """What pefast keeps beside the model. Raises ValueError, naming the caller, where nothing is attached."""
+    state = getattr(model, "_pefast", None)
+    if state is None:
+        raise ValueError(
+            f"{who}: nothing is attached to this {type(model).__name__}; pefast.attach comes first"
+        )
+    return state
+
+
+def attach(model: nn.Module, method, name: str = "default", *, head: bool = True) -> nn.Module:
+    """Puts a method, or several as one adapter called `name`, on a model, in place, and makes it the active
+    one.
+
+    Everything else is frozen, except that a task head (the classifier of a ...ForSequenceClassification and
+    its kin) gets a trained copy that belongs to the adapter; `head=False` leaves it frozen. Other adapters
+    stay, switched off.
+
+    Raises ValueError where a setting, a target or the name does not fit; the model is then as it was.
+    """
+    methods = list(method) if isinstance(method, Sequence) else [method]
+    state = getattr(model, "_pefast", None)
+    _check_attach(methods, name, state)
+    plans = [each.plan(model) for each in methods]
+    keys = _keys(methods)
+    if state is None:
+        state = model._pefast = Attached(model)
+        model.requires_grad_(False)
+    state.adapters[name] = {}
+    try:
+        for each, key, plan in zip(methods, keys, plans, strict=True):
+            each.enter(model, name, key, plan, state.router)
+            state.adapters[name][key] = each
+    except ValueError:
+        detach(model, name)
+        raise
+    for path in heads(model) if head else ():
+        part = model.get_submodule(path)
+        add_head(part, state.router, name, head_copy(part))
+    activate(model, name)
+    return model
+
+
+def _check_attach(methods: list, name: str, state: Attached | None) -> None:
+    known = tuple(METHODS.values())
+    if not methods or not all(isinstance(each, known) for each in methods):
+        got = ", ".join(
+            type(each).__name__ if not isinstance(each, type) else f"the class {each.__name__}"
+            for each in methods
+        )
+        raise ValueError(
+            f"attach: got {got or 'no method'};"
+            f" one or more of {', '.join(c.__name__ for c in known)} would be right"
+        )
+    if not isinstance(name, str) or not name or "." in name or "/" in name:
+        raise ValueError(
+            f"attach: {name!r} cannot name an adapter; a word without dots and slashes would be right"
+        )
+    if state is not None and name in state.adapters:
+        raise ValueError(
+            f"attach: the name {name!r} is taken; detach it first, or choose another than {sorted(state.adapters)}"
+        )
+    if state is not None and state.merged:
+        raise ValueError("attach: the model is merged; unmerge it first")
+    for each in methods:
+        each.check()
+
+
+def _keys(methods: list) -> list[str]:
+    """lora, adapter, lora_2 ...: the kind, numbered from the second of a kind."""
+    keys: list[str] = []
+    for each in methods:
+        count = sum(key.split("_")[0] == each.kind for key in keys)
+        keys.append(f"{each.kind}_{count + 1}" if count else each.kind)
+    return keys
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Takes one adapter, or with None all of them, off the model, in place; without any it is the base model,
+    bit for bit.
+
+    Raises ValueError for a name that is not attached.
+    """
+    state = attached(model, "detach")
+    if name is not None:
+        _known(state, (name,), "detach")
+    if state.merged:
+        unmerge(model)
+    for each in list(state.adapters) if name is None else [name]:
+        for key, method in state.adapters.pop(each).items():
+            method.leave(model, each, key)
+        for module in list(model.modules()):
+            if isinstance(module, DeltaHost):
+                drop_deltas(module, each)
+            elif isinstance(module, HeadHost):
+                drop_head(module, each)
+    if state.adapters:
+        activate(model, tuple(n for n in state.router.active if n in state.adapters))
+    else:
+        del model._pefast
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad_(path in state.trained)
+    return model
+
+
+def activate(model: nn.Module, name: str | Sequence[str] | None) -> nn.Module:
+    """These adapters compute and train, all others rest; None is the base model. In place.
+
+    Raises ValueError for a name that is not attached, or while the model is merged.
+    """
+    state = attached(model, "activate")
+    names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
+    _known(state, names, "activate")
+    if state.merged:
+        raise ValueError("activate: the model is merged; unmerge it first")
+    state.router.activate(names)
+    for each in state.adapters:
+        for parameter in parameters_of(model, each).values():
+            parameter.requires_grad_(each in names)
+    return model
+
+
+def parameters_of(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Every parameter of one adapter, by method key and file name; its heads' under `head`."""
+    state = attached(model, "parameters_of")
+    found = {}
+    for key, method in state.adapters[name].items():
+        found |= {
+            f"{key}/{file_name}": tensor for file_name, tensor in method.tensors(model, name, key).items()
+        }
+    return found | {f"head/{path}": tensor for path, tensor in head_tensors(model, name).items()}
+
+
+def head_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Parameters of the adapter's head copies, by their path in the base model."""
+    found = {}
+    for path, part in model.named_modules():
+        if isinstance(part, HeadHost) and name in part.copies:
+            found |= {f"{path}.{own}": tensor for own, tensor in part.copies[name].named_parameters()}
+    return found
+
+
+@contextlib.contextmanager
+def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
+    """Inside this context, row i of a batch computes with adapter names[i], or with the base model where that
+    is None.
+
+    Raises ValueError for a name that is not attached, for adapters with a Prompt, or while the model is
+    merged.
+    """
+    state = attached(model, "route")
+    used = tuple(dict.fromkeys(each for each in names if each is not None))
+    _known(state, used, "route")
+    if state.merged:
+        raise ValueError("route: the model is merged; unmerge it first")
+    if odd := [
+        each for each in used if any(method.kind == "prompt" for method in state.adapters[each].values())
+    ]:
+        raise ValueError(
+            f"route: adapters {odd} have a Prompt, which changes a row's length; activate takes one at a time"
+        )
+    active = state.router.active
+    device = next(model.parameters()).device
+    rows = torch.tensor([-1 if each is None else used.index(each) for each in names], device=device)
+    state.router.route(used, rows)
+    try:
+        yield model
+    finally:
+        state.router.activate(active)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Adds the active adapters' deltas to the frozen weights, in place, so that they cost nothing; `unmerge`
+    gives the weights back.
+
+    The weights as they were are kept beside the merged ones. Raises ValueError where an active method cannot
+    merge.
+    """
+    state = attached(model, "merge")
+    names = state.router.active
+    if state.merged:
+        raise ValueError("merge: the model is merged already")
+    if odd := {
+        method.kind for name in names for method in state.adapters[name].values() if not method.merges
+    }:
+        raise ValueError(f"merge: {', '.join(sorted(odd))} cannot be added to a weight; only LoRA can")
+    state.merged = names
+    for _, host in hosts(model):
+        merge_deltas(host, names)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Gives the frozen weights back as they were, bit for bit, in place. Raises ValueError where nothing is
+    merged."""
+    state = attached(model, "unmerge")
+    if not state.merged:
+        raise ValueError("unmerge: the model is not merged")
+    for _, host in hosts(model):
+        unmerge_deltas(host)
+    state.merged = ()
+    return model
+
+
+def _known(state: Attached, names: Sequence[str], who: str) -> None:
+    if odd := [each for each in names if each not in state.adapters]:
+        raise ValueError(f"{who}: no adapter is called {odd[0]!r}; there are {sorted(state.adapters)}")

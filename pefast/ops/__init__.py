@@ -1,0 +1,13 @@
+"""What pefast computes: one file an operation, and OPS, the table of their tables of back ends."""
+
+from pefast.ops import delta_linear as _delta_linear
+from pefast.ops import dropout as _dropout
+
+OPS = {operation.name: operation for operation in (_dropout.OP, _delta_linear.OP)}
+
+Segment = _delta_linear.Segment
+# a function takes its file's name here; `from pefast.ops.dropout import OP` still finds the file
+dropout = _dropout.dropout
+delta_linear = _delta_linear.delta_linear
+
+__all__ = ["OPS", "Segment", "delta_linear", "dropout"]

@@ -1,0 +1,218 @@
+"""delta_linear: a frozen linear layer and every low-rank delta beside it, in one pass over x.
+
+    x̂ = dropout(x)                            [M, K]   made from a seed, never stored
+    z = x̂ aᵀ + c                              [M, R]
+    h = σ(z)                                  [M, R]   the waist; rows of another adapter are zero
+    u = x wᵀ + Σ s·(h bᵀ + d)                 [M, N]   one term for each segment of the waist
+    y = u ⊙ g + bias                          [M, N]
+
+    du = dy ⊙ g        dg = Σ_m dy ⊙ u        dbias = Σ_m dy
+    dh = s·du b        db = s·duᵀ h           dd = s·Σ_m du
+    dz = dh ⊙ σ'(z)    da = dzᵀ x̂             dc = Σ_m dz
+    dx = du w + mask ⊙ (dz a) / (1-p)         w gets a gradient only where it is asked for
+
+A LoRA is a segment with σ = identity; a parallel adapter has an activation and perhaps c and d; an output
+gain g is (IA)³'s or DoRA's. A segment whose waist was computed at another place brings h instead of a.
+
+Papers: LoRA, Hu et al. 2021, arXiv:2106.09685, eq. 3. Parallel adapter, He et al. 2021, arXiv:2110.04366,
+table 1. (IA)³, Liu et al. 2022, arXiv:2205.05638. DoRA, Liu et al. 2024, arXiv:2402.09353.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pefast.dispatch import Operation
+from pefast.eager import delta_linear as eager
+from pefast.eager.activations import ACTIVATIONS
+from pefast.kernels import delta_linear as triton_hand
+from pefast.native import delta_linear as native_hand
+from pefast.ops import dropout as dropout_op
+
+
+class Segment(NamedTuple):
+    """One delta's part of the waist."""
+
+    a: Tensor | None  # [R, K]  down; None where h is given
+    b: Tensor  # [N, R]  up
+    scale: float = 1.0
+    activation: str = "identity"
+    c: Tensor | None = None  # [R]  bias of the waist
+    d: Tensor | None = None  # [N]  bias of the delta, scaled with it
+    dropout: float = 0.0  # on x, for this segment alone
+    adapter: int | None = None  # only rows with this id; None: every row
+    h: Tensor | None = None  # [M, R]  a waist computed elsewhere
+
+
+class Call(NamedTuple):
+    """What a hand is given. Leading dimensions are flattened to M rows."""
+
+    x: Tensor  # [M, K]
+    w: Tensor  # [N, K]  frozen, any strides
+    bias: Tensor | None  # [N]
+    gain: Tensor | None  # [N]
+    ids: Tensor | None  # [M]  int64, the adapter of each row; -1: none
+    seed: Tensor | None  # [1]  int64 on the CPU, where a segment has dropout
+    segments: tuple[Segment, ...]
+    mask: ModuleType | None = None  # the dropout hand, for hands that make no mask of their own
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    w: bool
+    bias: bool
+    gain: bool
+    segments: tuple[tuple[bool, bool, bool, bool, bool], ...]  # a, b, c, d, h of each
+
+
+def reference(
+    x: Tensor,  # [..., K]
+    w: Tensor,  # [N, K]
+    segments=(),
+    bias: Tensor | None = None,  # [N]
+    gain: Tensor | None = None,  # [N]
+    ids: Tensor | None = None,  # [...] or [B]
+    seed: Tensor | int | None = None,
+) -> Tensor:  # [..., N]
+    """The formula and nothing else: any device, any dtype, plain autograd. The tests' oracle."""
+    rows = x.reshape(-1, x.shape[-1])
+    u = rows @ w.t()
+    for stream, s in enumerate(segments):
+        if s.h is None:
+            x_hat = dropout_op.reference(rows, s.dropout, seed, stream) if s.dropout else rows
+            z = x_hat @ s.a.t().to(x.dtype)
+            h = ACTIVATIONS[s.activation].forward(z if s.c is None else z + s.c.to(x.dtype))
+        else:
+            h = s.h.reshape(-1, s.h.shape[-1])
+        delta = h @ s.b.t().to(x.dtype)
+        delta = s.scale * (delta if s.d is None else delta + s.d.to(x.dtype))
+        u = u + (delta if s.adapter is None else delta * (_row_ids(ids, x) == s.adapter)[:, None])
+    y = u if gain is None else u * gain.to(x.dtype)
+    y = y if bias is None else y + bias.to(x.dtype)
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+def delta_linear(
+    x: Tensor,  # [..., K]
+    w: Tensor,  # [N, K]
+    segments: Segment | tuple[Segment, ...] | list[Segment] = (),
+    bias: Tensor | None = None,  # [N]
+    gain: Tensor | None = None,  # [N]
+    ids: Tensor | None = None,  # [...] one id a row of x, or [B] one id a sequence
+    *,
+    seed: Tensor | int | None = None,
+    backend: str | None = None,
+) -> Tensor:  # [..., N]
+    """y = (x wᵀ + Σ s·(σ(dropout(x) aᵀ + c) bᵀ + d)) ⊙ gain + bias, the segments' deltas in one pass.
+
+    x and w share a dtype, or autocast gives them one; a, b, c, d, gain and bias may be wider (fp32 masters on
+    a bf16 weight) and their gradients come in their own dtype. `seed` fixes the dropout masks: an int, or an
+    int64 tensor of one element on the CPU; None draws one from torch's generator. `ids` chooses rows for
+    segments with an `adapter`.
+
+    Raises ValueError where shapes, activations or dropout rates do not fit, or the named `backend` cannot run
+    the call. Formula and papers: the head of this file.
+    """
+    segments = (segments,) if isinstance(segments, Segment) else tuple(segments)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w = x.to(dtype), w.to(dtype)
+    _check(x, w, segments, ids)
+    if ids is not None:
+        ids = _row_ids(ids, x)
+    mask = None
+    if any(s.dropout for s in segments):
+        seed = dropout_op.draw_seed() if seed is None else dropout_op.as_seed(seed)
+        mask = dropout_op.OP.hands[dropout_op.OP.pick(dropout_op.Call(x, 0.5, seed, 0))]
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    call = Call(rows, w, bias, gain, ids, seed, segments, mask)
+    hand = OP.pick(call, backend)
+    tensors = [t for s in segments for t in (s.a, s.b, s.c, s.d, s.h)]
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, w, bias, gain, *tensors)
+    ):
+        specs = tuple((s.scale, s.activation, s.dropout, s.adapter) for s in segments)
+        y = _DeltaLinear.apply(hand, mask, specs, rows, w, bias, gain, ids, seed, *tensors)
+    else:
+        y, _ = OP.hands[hand].forward(call)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _DeltaLinear(torch.autograd.Function):
+    """Wiring only: the mathematics is in the hands."""
+
+    @staticmethod
+    def forward(ctx, hand, mask, specs, x, w, bias, gain, ids, seed, *tensors):
+        ctx.hand, ctx.mask, ctx.specs = hand, mask, specs
+        y, saved = OP.hands[hand].forward(_call(x, w, bias, gain, ids, seed, mask, specs, tensors))
+        ctx.save_for_backward(x, w, bias, gain, ids, seed, *tensors, *(t for pair in saved for t in pair))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, w, bias, gain, ids, seed, *rest = ctx.saved_tensors
+        tensors, flat = rest[: 5 * len(ctx.specs)], rest[5 * len(ctx.specs) :]
+        saved = list(zip(flat[::2], flat[1::2], strict=True))
+        need = ctx.needs_input_grad
+        needs = Needs(need[3], need[4], need[5], need[6], tuple(zip(*[iter(need[9:])] * 5, strict=True)))
+        call = _call(x, w, bias, gain, ids, seed, ctx.mask, ctx.specs, tensors)
+        backward = getattr(OP.hands[ctx.hand], "backward", eager.backward)
+        dx, dw, dbias, dgain, deltas = backward(call, saved, dy, needs)
+        return None, None, None, dx, dw, dbias, dgain, None, None, *(t for five in deltas for t in five)
+
+
+def _call(x, w, bias, gain, ids, seed, mask, specs, tensors) -> Call:
+    segments = []
+    for (scale, activation, rate, adapter), (a, b, c, d, h) in zip(
+        specs, zip(*[iter(tensors)] * 5, strict=True), strict=True
+    ):
+        segments.append(Segment(a, b, scale, activation, c, d, rate, adapter, h))
+    return Call(x, w, bias, gain, ids, seed, tuple(segments), mask)
+
+
+def _row_ids(ids: Tensor, x: Tensor) -> Tensor:
+    """ids for every row of x: given for each row, or for each sequence of the batch."""
+    rows = x.shape[:-1].numel()
+    if ids.numel() == rows:
+        return ids.reshape(-1)
+    if x.dim() > 2 and ids.shape == x.shape[:1]:
+        return ids.repeat_interleave(rows // x.shape[0])
+    raise ValueError(
+        f"delta_linear: ids has shape {tuple(ids.shape)}; one id for each of {rows} rows of x would be right"
+    )
+
+
+def _check(x, w, segments, ids) -> None:
+    n, k = w.shape
+    if x.shape[-1] != k:
+        raise ValueError(f"delta_linear: x has {x.shape[-1]} columns, the weight [{n}, {k}] takes {k}")
+    if x.dtype != w.dtype:
+        raise ValueError(
+            f"delta_linear: x is {x.dtype} and the weight {w.dtype}; one dtype, or autocast, would be right"
+        )
+    for s in segments:
+        if s.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"delta_linear: no activation {s.activation!r}; there are {', '.join(ACTIVATIONS)}"
+            )
+        if not 0 <= s.dropout < 1:
+            raise ValueError(f"delta_linear: dropout is {s.dropout}; a rate from 0 to below 1 would be right")
+        if (s.a is None) == (s.h is None):
+            raise ValueError("delta_linear: a segment takes either a or h, not both and not neither")
+        if (s.a is not None and (s.a.shape[1] != k or s.a.shape[0] != s.b.shape[1])) or s.b.shape[0] != n:
+            down = None if s.a is None else tuple(s.a.shape)
+            raise ValueError(
+                f"delta_linear: a {down} and b {tuple(s.b.shape)} do not fit a weight of [{n}, {k}]"
+            )
+        if s.adapter is not None and ids is None:
+            raise ValueError(
+                f"delta_linear: a segment belongs to adapter {s.adapter}; ids must say which rows are its own"
+            )
+
+
+OP = Operation("delta_linear", {"native": native_hand, "triton": triton_hand, "eager": eager})

@@ -1,0 +1,66 @@
+"""explain: which hand each layer runs on, and why the others do not."""
+
+import torch
+from torch import nn
+
+from pefast import dispatch
+from pefast.formats import format_of
+from pefast.layers.fused_lora import FusedLoRALinear
+from pefast.layers.hosts import After, DeltaHost
+from pefast.layers.lowrank import LowRank
+from pefast.ops.delta_linear import OP, Call, Segment
+
+_PROBE_ROWS = 512
+
+
+def explain(model: nn.Module) -> str:
+    """One line a layer that pefast computes: its deltas, the back end that will run for 512 rows, and why the
+    others will not.
+
+    Layers that say the same stand in one line with their number. Raises nothing: a model without pefast's
+    layers says so.
+    """
+    lines: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FusedLoRALinear):
+            what, segments = (
+                "LoRA",
+                [Segment(module.lora_a, module.lora_b, module.scale, dropout=module.dropout)],
+            )
+            lines.setdefault(_line(what, module, segments), []).append(path or "(the layer)")
+        elif isinstance(module, DeltaHost):
+            names = [name for name, _ in module.router.turns if name in module.deltas]
+            deltas = [(name, key, delta) for name in names for key, delta in module.deltas[name].items()]
+            lines.setdefault(_host_line(module, deltas), []).append(path)
+    if not lines:
+        return f"{type(model).__name__}: no layer computes through pefast"
+    return "\n".join(f"{_paths(paths)}: {line}" for line, paths in lines.items())
+
+
+def _host_line(host: DeltaHost, deltas: list[tuple[str, str, LowRank]]) -> str:
+    if host.merged:
+        return f"frozen layer alone, {', '.join(host.merged)} merged into its weight"
+    what = " + ".join(f"{key} of {name}" for name, key, _ in deltas)
+    segments = []
+    for _, _, delta in deltas:
+        if not isinstance(delta, After):
+            segments.append(
+                Segment(delta.a, delta.b, delta.scale, delta.activation, delta.c, delta.d, delta.dropout)
+            )
+    if not deltas:
+        return "frozen layer alone, no active adapter"
+    return _line(what, host, segments) if segments else f"{what}: after the frozen layer, eager"
+
+
+def _line(what: str, module: nn.Module, segments: list[Segment]) -> str:
+    weight = format_of(module).weight(module) if format_of(module) else module.weight
+    x = torch.empty(_PROBE_ROWS, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    seed = torch.zeros(1, dtype=torch.int64) if any(s.dropout for s in segments) else None
+    reasons = OP.reasons(Call(x, weight, module.bias, None, None, seed, tuple(segments)))
+    taken = dispatch.forced() or next(name for name, why in reasons.items() if not why)
+    others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if why and name != taken)
+    return f"{what}: {taken}" + (f" ({others})" if others else "")
+
+
+def _paths(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{len(paths)} layers, {paths[0]} ... {paths[-1]}"

@@ -1,9 +1,9 @@
-"""Two things only: the native extension pefast._C, and that kernels/ is pefast.kernels. The rest is pyproject.toml.
+"""Two things only: the native extension pefast._C, and that kernels/ is pefast.kernels.
 
-Every csrc/*.cpp and csrc/cpu/*.cpp is compiled. The last word of a file's name says which instructions it may
-use (dropout_avx2.cpp); files without such a word run on any machine. A level that the compiler does not know is
-left out, and PEFAST_HAVE_<LEVEL> is defined for the others. Where nothing can be built the install still
-succeeds, and pefast/native/why_not.txt says the reason.
+Every csrc/*.cpp and csrc/cpu/*.cpp is compiled. The last word of a file's name says which instructions it
+may use (dropout_avx2.cpp); files without such a word run on any machine. A level that the compiler does not
+know is left out, and PEFAST_HAVE_<LEVEL> is defined for the others. Where nothing can be built the install
+still succeeds, and pefast/native/why_not.txt says the reason.
 """
 
 import os
@@ -26,7 +26,12 @@ LEVELS = {
     "amx": AVX512 + " -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 # contraction off: a * b + c must round the same way in every instruction set
-BASE = "-std=c++17 -O3 -fopenmp -fPIC -ffp-contract=off -fvisibility=hidden -Wall -Wextra"
+# no trapping math: without it gcc makes no vectors of a loop that keeps some products and drops others
+# gcc 12 warns about its own intrinsics as uninitialized
+BASE = (
+    "-std=c++17 -O3 -fopenmp -fPIC -ffp-contract=off -fno-trapping-math -fvisibility=hidden"
+    " -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
+)
 RULES = """
 rule compile
   command = {cxx} {flags} $level -MMD -MF $out.d -c $in -o $out

@@ -1,6 +1,7 @@
 """The door to csrc. C is the extension, or None; WHY_NOT is "" or the reason in words.
 
-The environment variable PEFAST_ISA (scalar, avx2, avx512, avx512_bf16 or amx) holds the kernels to one instruction set.
+The environment variable PEFAST_ISA (scalar, avx2, avx512, avx512_bf16 or amx) holds the kernels to one
+instruction set.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""`make demo`: a pretrained model learns the sentiment of film reviews through pefast, from rows to a saved adapter.
+"""`make demo`: a pretrained model learns the sentiment of film reviews, from rows to a saved adapter.
 
-    python examples/demo.py            under four minutes on two CPU cores
-    python examples/demo.py --quick    the same steps on fewer rows, about a minute
+python examples/demo.py            under four minutes on two CPU cores
+python examples/demo.py --quick    the same steps on fewer rows, about a minute
 """
 
 import argparse
@@ -51,7 +51,8 @@ def reload(run: training.Run, logits: torch.Tensor) -> training.Run:
     """The saved adapter on a fresh base model; its logits must be the trained model's, bit for bit."""
     fresh = training.restore(run.recipe.output)
     same = torch.equal(training.score(fresh)[0], logits)
-    say(f"loaded into a fresh base model: {len(logits):,} predictions {'identical, bit for bit' if same else 'DIFFER'}")
+    verdict = "identical, bit for bit" if same else "DIFFER"
+    say(f"loaded into a fresh base model: {len(logits):,} predictions {verdict}")
     if not same:
         raise SystemExit(1)
     return fresh

@@ -1,4 +1,4 @@
-"""The command line from a recipe to labels, on a tiny model made here; and what it says when something is wrong."""
+"""The command line from a recipe to labels, on a tiny model made here; and what it says of mistakes."""
 
 import json
 import subprocess
@@ -31,7 +31,9 @@ def folder(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder / "model")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(vocab), max_position_embeddings=32, **sizes)).save_pretrained(folder / "model")
+    BertModel(BertConfig(vocab_size=len(vocab), max_position_embeddings=32, **sizes)).save_pretrained(
+        folder / "model"
+    )
     lines = ["text,label"]
     for index in range(96):
         words = BAD if index % 2 else GOOD
@@ -75,7 +77,9 @@ def test_training_learns_and_writes_its_numbers(trained):
 def test_a_restored_run_computes_the_same_bits(folder, trained):
     first, second = training.restore(trained), training.restore(trained)
     assert torch.equal(training.score(first)[0], training.score(second)[0])
-    assert training.score(first)[1]["accuracy"] == json.loads((trained / "metrics.json").read_text())["accuracy"]
+    assert (
+        training.score(first)[1]["accuracy"] == json.loads((trained / "metrics.json").read_text())["accuracy"]
+    )
 
 
 def test_two_trainings_give_the_same_bits(folder):
@@ -152,13 +156,17 @@ def test_doctor_says_what_is_missing_and_what_it_costs(monkeypatch):
     monkeypatch.setattr(native, "C", None)
     monkeypatch.setattr(native, "WHY_NOT", "it was never built")
     line = next(line for line in doctor.look() if line.name == "native extension")
-    assert line.found == "missing" and "it was never built" in line.meaning and "plain PyTorch" in line.meaning
+    assert (
+        line.found == "missing" and "it was never built" in line.meaning and "plain PyTorch" in line.meaning
+    )
 
 
 def test_doctor_without_anything_optional(monkeypatch):
     find = doctor.importlib.util.find_spec
     optional = {*doctor.EXTRAS, "triton"}
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name in optional else find(name))
+    monkeypatch.setattr(
+        doctor.importlib.util, "find_spec", lambda name: None if name in optional else find(name)
+    )
     missing = {line.name for line in doctor.look() if line.found == "missing"}
     assert missing >= {"accelerate", "scikit-learn", "pyyaml", "peft", "triton"}
 

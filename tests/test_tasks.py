@@ -92,9 +92,11 @@ def test_carried_file_of_another_content_is_refused(tmp_path, monkeypatch):
     sha256 = "aa31be07fc24fa51e5ea8d2d1a5a3fcf6ac7a5f4a2b3d8a8de2b9a8e6ab0b5a4"
     known = carried.Carried("a-carrier==1", "a_carrier", "rows.csv", "rows.csv", sha256)
     monkeypatch.setitem(carried.CARRIED, "a-carrier", known)
-    with pytest.raises(ValueError, match="rows.csv has sha256 .* expected aa31be07fc24"):
+    with pytest.raises(ValueError, match=r"rows\.csv has sha256 .* expected aa31be07fc24"):
         carried.find("a-carrier")
-    monkeypatch.setitem(carried.CARRIED, "a-carrier", known._replace(sha256=carried._sha256(package / "rows.csv")))
+    monkeypatch.setitem(
+        carried.CARRIED, "a-carrier", known._replace(sha256=carried._sha256(package / "rows.csv"))
+    )
     assert carried.find("a-carrier") == package / "rows.csv"
 
 
@@ -150,12 +152,14 @@ def test_metrics_against_numbers_worked_by_hand():
     assert text_classification.hits(torch.tensor(logits), torch.tensor([0, 1, 1, 1])).item() == 0.5
 
 
-RECIPE = "model: m\noutput: out\ndata: {source: x.csv, names: {0: bad, 1: \"yes\"}}\n"
+RECIPE = 'model: m\noutput: out\ndata: {source: x.csv, names: {0: bad, 1: "yes"}}\n'
 
 
 def test_recipe_is_read_changed_and_written_back(tmp_path):
     path = write(tmp_path / "r.yaml", RECIPE + "training: {lr: 1e-3, epochs: 2}\n")
-    found = recipe.read(path, dict([recipe.change("training.batch=8"), recipe.change("data.where={source: s}")]))
+    found = recipe.read(
+        path, dict([recipe.change("training.batch=8"), recipe.change("data.where={source: s}")])
+    )
     # YAML reads 1e-3 as text and 0 as a number; both must come out as meant
     assert found.training.lr == 1e-3 and found.training.epochs == 2.0 and found.training.batch == 8
     assert found.data.names == {"0": "bad", "1": "yes"} and found.data.where == {"source": "s"}
@@ -167,7 +171,10 @@ def test_recipe_is_read_changed_and_written_back(tmp_path):
     [
         ("model: m\n", "recipe: 'data' is missing; known keys are model, data, output"),
         (RECIPE + "lr: 1\n", "recipe: 'lr' is not known; known keys are model, data, output, task"),
-        (RECIPE + "training: {learning_rate: 1}\n", "recipe.training: 'learning_rate' is not known; known keys"),
+        (
+            RECIPE + "training: {learning_rate: 1}\n",
+            "recipe.training: 'learning_rate' is not known; known keys",
+        ),
         (RECIPE + "training: {epochs: many}\n", "recipe.training.epochs: 'many' came; a number is wanted"),
         (RECIPE + "training: {batch: 1.5}\n", "recipe.training.batch: 1.5 came; a whole number is wanted"),
         (RECIPE + "training: {lr: 0}\n", "training.lr: 0.0 came; it should be above 0"),

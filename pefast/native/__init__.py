@@ -10,7 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 # torch first: the extension then finds torch's own libgomp loaded, and there is one pool of threads
-import torch  # noqa: F401
+import torch
+from torch import Tensor
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -32,3 +33,14 @@ def _load() -> tuple[ModuleType | None, str]:
 C, WHY_NOT = _load()
 if C is not None:
     C.use_isa(os.environ.get("PEFAST_ISA", ""))
+
+
+def through_the_registry(x: Tensor) -> bool:
+    """Whether somebody other than PyTorch's eager mode watches: a compiler, or a subclass of Tensor."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [M, K] as csrc reads it: columns are neighbours, rows do not overlap. A copy where x is not so."""
+    m, k = x.shape
+    return x if (x.stride(1) == 1 or k == 1) and (x.stride(0) >= k or m <= 1) else x.contiguous()

@@ -96,7 +96,7 @@ def _check_attach(methods: list, name: str, state: Attached | None) -> None:
         )
     if state is not None and name in state.adapters:
         raise ValueError(
-            f"attach: the name {name!r} is taken; detach it first, or choose another than {sorted(state.adapters)}"
+            f"attach: the name {name!r} is taken; detach it, or choose another than {sorted(state.adapters)}"
         )
     if state is not None and state.merged:
         raise ValueError("attach: the model is merged; unmerge it first")

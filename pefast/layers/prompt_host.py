@@ -126,7 +126,7 @@ def _check_length(module: nn.Module, length: int) -> None:
     )
     if isinstance(table, nn.Embedding) and length > table.num_embeddings:
         raise ValueError(
-            f"Prompt: {length} positions with the prompt, the model has {table.num_embeddings}; shorten the input"
+            f"Prompt: {length} positions with the prompt, the model has {table.num_embeddings}"
         )
 
 

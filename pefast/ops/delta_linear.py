@@ -135,8 +135,7 @@ def delta_linear(
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, w, bias, gain, *tensors)
     ):
-        specs = tuple((s.scale, s.activation, s.dropout, s.adapter) for s in segments)
-        y = _DeltaLinear.apply(hand, mask, specs, rows, w, bias, gain, ids, seed, *tensors)
+        y = _DeltaLinear.apply(call, hand, rows, w, bias, gain, ids, seed, *tensors)
     else:
         y, _ = OP.hands[hand].forward(call)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
@@ -146,33 +145,32 @@ class _DeltaLinear(torch.autograd.Function):
     """Wiring only: the mathematics is in the hands."""
 
     @staticmethod
-    def forward(ctx, hand, mask, specs, x, w, bias, gain, ids, seed, *tensors):
-        ctx.hand, ctx.mask, ctx.specs = hand, mask, specs
-        y, saved = OP.hands[hand].forward(_call(x, w, bias, gain, ids, seed, mask, specs, tensors))
+    def forward(ctx, call, hand, x, w, bias, gain, ids, seed, *tensors):
+        # call holds the same tensors; they stand in the list as well so that autograd sees them
+        y, saved = OP.hands[hand].forward(call)
+        ctx.hand, ctx.mask = hand, call.mask
+        ctx.specs = [(s.scale, s.activation, s.dropout, s.adapter) for s in call.segments]
         ctx.save_for_backward(x, w, bias, gain, ids, seed, *tensors, *(t for pair in saved for t in pair))
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("delta_linear: has no second derivative; create_graph=False would be right")
         x, w, bias, gain, ids, seed, *rest = ctx.saved_tensors
-        tensors, flat = rest[: 5 * len(ctx.specs)], rest[5 * len(ctx.specs) :]
-        saved = list(zip(flat[::2], flat[1::2], strict=True))
         need = ctx.needs_input_grad
-        needs = Needs(need[3], need[4], need[5], need[6], tuple(zip(*[iter(need[9:])] * 5, strict=True)))
-        call = _call(x, w, bias, gain, ids, seed, ctx.mask, ctx.specs, tensors)
+        segments, segment_needs = [], []
+        for i, (scale, activation, rate, adapter) in enumerate(ctx.specs):
+            a, b, c, d, h = rest[5 * i : 5 * i + 5]
+            segments.append(Segment(a, b, scale, activation, c, d, rate, adapter, h))
+            segment_needs.append(need[8 + 5 * i : 13 + 5 * i])
+        flat = rest[5 * len(segments) :]
+        saved = list(zip(flat[::2], flat[1::2], strict=True))
+        call = Call(x, w, bias, gain, ids, seed, tuple(segments), ctx.mask)
+        needs = Needs(need[2], need[3], need[4], need[5], tuple(segment_needs))
         backward = getattr(OP.hands[ctx.hand], "backward", eager.backward)
         dx, dw, dbias, dgain, deltas = backward(call, saved, dy, needs)
-        return None, None, None, dx, dw, dbias, dgain, None, None, *(t for five in deltas for t in five)
-
-
-def _call(x, w, bias, gain, ids, seed, mask, specs, tensors) -> Call:
-    segments = []
-    for (scale, activation, rate, adapter), (a, b, c, d, h) in zip(
-        specs, zip(*[iter(tensors)] * 5, strict=True), strict=True
-    ):
-        segments.append(Segment(a, b, scale, activation, c, d, rate, adapter, h))
-    return Call(x, w, bias, gain, ids, seed, tuple(segments), mask)
+        return None, None, dx, dw, dbias, dgain, None, None, *(t for five in deltas for t in five)
 
 
 def _row_ids(ids: Tensor, x: Tensor) -> Tensor:

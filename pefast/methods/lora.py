@@ -80,6 +80,10 @@ class LoRA:
     def config(self, model: nn.Module, name: str, key: str) -> dict:
         """PEFT's adapter_config.json."""
         hosts = {path: model.get_submodule(path) for path, _ in deltas_of(model, name, key)}
+        alphas = dict(self.alphas or {})
+        if self.alpha is None:
+            # here a layer of another rank has its own rank as alpha; PEFT would take the common one
+            alphas = {**alphas, **{key: r for key, r in (self.ranks or {}).items() if key not in alphas}}
         return {
             "peft_type": "LORA",
             "r": self.rank,
@@ -90,7 +94,7 @@ class LoRA:
             "fan_in_fan_out": any(format_of(host).transposed(host) for host in hosts.values()),
             "target_modules": sorted(hosts),
             "rank_pattern": dict(self.ranks or {}),
-            "alpha_pattern": dict(self.alphas or {}),
+            "alpha_pattern": alphas,
             "init_lora_weights": True,
         }
 

@@ -1,0 +1,32 @@
+"""One LoRA layer beside its rivals: forward and gradients, one thread; the frozen layer is the unit.
+
+python -m pytest benchmarks/bench_delta_linear.py
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.rivals import RIVALS
+from benchmarks.shapes import LAYERS, ROWS
+
+RANK = 16
+SHAPES = ["minilm attention", "bert attention", "bert up", "llama-1b attention"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_and_backward(benchmark, in_turn, shape, rows, dropout, dtype):
+    k, n = LAYERS[shape]
+    base = nn.Linear(k, n, bias=False, dtype=dtype).requires_grad_(False)
+    nets = {name: make(base, RANK, dropout).train() for name, make in RIVALS.items()}
+    x, dy = torch.randn(ROWS[rows], k).to(dtype), torch.randn(ROWS[rows], n).to(dtype)
+
+    def step(net):
+        net(x.detach().requires_grad_()).backward(dy)
+
+    calls = {name: (lambda net=net: step(net)) for name, net in nets.items()}
+    in_turn(f"LoRA layer {shape} {tuple(x.shape)}, dropout {dropout}, {dtype}", calls, rounds=11)
+    benchmark(calls["pefast"])

@@ -62,6 +62,8 @@ def train(
         laid_over |= {"output": str(output)} if output else {}
         laid_over |= dict(recipes.change(text) for text in changes or [])
         wanted = recipes.read(recipe, laid_over)
+        if not wanted.methods:
+            raise ValueError("recipe.methods: none came, so there would be no adapter to save")
 
         from . import training
         from .progress import Meter, Watcher

@@ -36,7 +36,7 @@ class Training:
     max_steps: int | None = None
     batch: int = 32
     lr: float = 1e-3
-    warmup: float = 0.06  # share of the steps
+    warmup: float = 0.06  # share of the steps; from 1 on, their number
     weight_decay: float = 0.0
     clip: float = 1.0  # largest norm of the gradient
     max_length: int = 128
@@ -172,7 +172,9 @@ def _value(kind, value: object, where: str):
 def _check(recipe: Recipe) -> None:
     if recipe.data.names is not None:
         for word in (word for pair in recipe.data.names.items() for word in pair if isinstance(word, bool)):
-            raise ValueError(f"data.names: YAML reads an unquoted yes, no, on or off as {word}; put it in quotes")
+            raise ValueError(
+                f"data.names: YAML reads yes, no, on and off without quotes as {word}; quote them"
+            )
         # YAML reads 0 and 1 as numbers, a CSV file as text
         recipe.data.names = {str(key): str(value) for key, value in recipe.data.names.items()}
     wrong = [entry for entry in recipe.methods if not isinstance(entry, dict)]

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import pefast
 from . import recipe as recipes
 from . import tasks
 from .progress import Meter
-from .recipe import Recipe
+from .recipe import Recipe, Training
 from .tasks import carried, rows
 from .tasks.rows import Row
 
@@ -45,8 +46,8 @@ class Run:
         return self.recipe.data.names
 
 
-class AdapterTrainer(Trainer):
-    """transformers' Trainer that reports every step's loss and hits, and saves only what trains."""
+class MeteredTrainer(Trainer):
+    """transformers' Trainer that reports every step's loss and hits."""
 
     def __init__(self, *args, meter: Meter, hits: Callable[[Tensor, Tensor], Tensor], **kwargs):
         super().__init__(*args, **kwargs)
@@ -58,13 +59,6 @@ class AdapterTrainer(Trainer):
         if model.training:
             self.meter.add(loss.detach(), self.hits(outputs["logits"].detach(), inputs["labels"]))
         return (loss, outputs) if return_outputs else loss
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # the Trainer would write the whole base model into every checkpoint
-        pefast.save(
-            self.accelerator.unwrap_model(self.model),
-            os.path.join(output_dir or self.args.output_dir, ADAPTER),
-        )
 
 
 def prepare(recipe: Recipe) -> Run:
@@ -106,36 +100,21 @@ def fit(run: Run, watcher: TrainerCallback, meter: Meter) -> dict[str, float]:
     """Trains what is trainable; returns steps, seconds and the last steps' loss and accuracy."""
     wanted = run.recipe.training
     transformers.set_seed(wanted.seed)
-    arguments = TrainingArguments(
-        output_dir=run.recipe.output,
-        num_train_epochs=wanted.epochs,
-        max_steps=wanted.max_steps or -1,
-        per_device_train_batch_size=wanted.batch,
-        learning_rate=wanted.lr,
-        warmup_steps=wanted.warmup if wanted.warmup < 1 else int(wanted.warmup),
-        weight_decay=wanted.weight_decay,
-        max_grad_norm=wanted.clip,
-        train_sampling_strategy="group_by_length",
-        seed=wanted.seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    trainer = AdapterTrainer(
-        run.model,
-        arguments,
-        data_collator=run.task.collator(run.tokenizer),
-        train_dataset=run.task.encode(run.train, run.tokenizer, run.names, wanted.max_length),
-        processing_class=run.tokenizer,
-        callbacks=[watcher],
-        meter=meter,
-        hits=run.task.hits,
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    start = time.perf_counter()
-    trainer.train()
+    # the Trainer makes its folder even when it has nothing to write there
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = MeteredTrainer(
+            run.model,
+            _arguments(wanted, folder),
+            data_collator=run.task.collator(run.tokenizer),
+            train_dataset=run.task.encode(run.train, run.tokenizer, run.names, wanted.max_length),
+            processing_class=run.tokenizer,
+            callbacks=[watcher],
+            meter=meter,
+            hits=run.task.hits,
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        start = time.perf_counter()
+        trainer.train()
     loss, accuracy = meter.read()
     seconds = time.perf_counter() - start
     return {"steps": trainer.state.global_step, "seconds": seconds, "loss": loss, "train_accuracy": accuracy}
@@ -214,6 +193,27 @@ def _step(model: nn.Module, batch: dict[str, Tensor], backend: str | None) -> fl
             model(**batch).loss.backward()
     wait()
     return time.perf_counter() - start
+
+
+def _arguments(wanted: Training, folder: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        num_train_epochs=wanted.epochs,
+        max_steps=wanted.max_steps or -1,
+        per_device_train_batch_size=wanted.batch,
+        learning_rate=wanted.lr,
+        warmup_steps=wanted.warmup,
+        weight_decay=wanted.weight_decay,
+        max_grad_norm=wanted.clip,
+        # rows of like length share a batch, so little of it is padding
+        train_sampling_strategy="group_by_length",
+        seed=wanted.seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
 
 
 def _settle(recipe: Recipe) -> None:

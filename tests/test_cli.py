@@ -1,6 +1,7 @@
 """The command line from a recipe to labels, on a tiny model made here; and what it says of mistakes."""
 
 import json
+import random
 import subprocess
 import sys
 
@@ -15,36 +16,38 @@ from pefast.cli import app
 from pefast.progress import Meter, Watcher
 
 GOOD, BAD = "good great warm fine lovely".split(), "bad dull cold poor awful".split()
-WORDS = [*GOOD, *BAD, *"the a film story cast it was".split()]
+FILLER = "the a film story cast it was".split()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A seeded two-block BERT, its tokenizer, 96 rows that one word decides, and a recipe."""
+    """A seeded two-block BERT, its tokenizer, rows whose words decide, and a recipe."""
     folder = tmp_path_factory.mktemp("run")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    vocab = {word: index for index, word in enumerate(special + WORDS)}
+    vocab = {word: index for index, word in enumerate(special + GOOD + BAD + FILLER)}
     made = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(folder / "model")
     torch.manual_seed(0)
+    # a wide start: a frozen random net then keeps the words apart
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {"initializer_range": 0.1, "hidden_dropout_prob": 0.0}
     BertModel(BertConfig(vocab_size=len(vocab), max_position_embeddings=32, **sizes)).save_pretrained(
         folder / "model"
     )
+    pick = random.Random(0)
     lines = ["text,label"]
-    for index in range(96):
-        words = BAD if index % 2 else GOOD
-        filler = " ".join(WORDS[10 + (index // 2 + step) % 7] for step in range(1 + index // 2 % 9))
-        lines.append(f"{filler} {words[index // 2 % 5]} {WORDS[10 + index % 7]},{1 - index % 2}")
+    for index in range(320):
+        words = pick.choices((BAD, GOOD)[index % 2], k=3) + pick.choices(FILLER, k=index % 4)
+        lines.append(f"{' '.join(pick.sample(words, len(words)))},{index % 2}")
     (folder / "rows.csv").write_text("\n".join(lines), encoding="utf-8")
     (folder / "recipe.yaml").write_text(
         f"model: {folder}/model\noutput: {folder}/out\n"
         f"data: {{source: {folder}/rows.csv, test_rows: 24, names: {{0: negative, 1: positive}}}}\n"
-        "methods:\n  - {method: lora, rank: 4}\n"
-        "training: {epochs: 12, batch: 8, lr: 1e-2, max_length: 16}\n",
+        "methods:\n  - {method: lora, rank: 4}\n  - {method: adapter, size: 4}\n  - {method: prompt}\n"
+        "training: {epochs: 4, batch: 8, lr: 1e-2, max_length: 16}\n",
         encoding="utf-8",
     )
     return folder
@@ -61,14 +64,14 @@ def pefast(*words, code=0):
 def trained(folder):
     """The run's folder, trained once for all tests below."""
     said = pefast("train", folder / "recipe.yaml")
-    assert "72 rows to learn from, 24 held out" in said and "training 108/108" in said
+    assert "24 held out" in said and "training 140/140" in said
     return folder / "out"
 
 
 def test_training_learns_and_writes_its_numbers(trained):
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["accuracy"] >= 0.9 > metrics["before"]["accuracy"]
-    assert metrics["steps"] == 108 and 0 < metrics["trainable"] < metrics["parameters"]
+    assert metrics["steps"] == 140 and 0 < metrics["trainable"] < metrics["parameters"]
     # only what trains is on the disk: no file as large as the base model
     base = (trained.parent / "model" / "model.safetensors").stat().st_size
     assert sum(file.stat().st_size for file in (trained / "adapter").rglob("*") if file.is_file()) < base
@@ -104,9 +107,9 @@ def test_predictions_come_in_the_order_of_the_texts(trained):
 
 def test_evaluate_and_predict(folder, trained):
     assert "24 rows" in pefast("evaluate", trained)
-    assert "96 rows" in pefast("evaluate", trained, "--source", folder / "rows.csv")
-    (folder / "texts.txt").write_text("it was lovely\n\n", encoding="utf-8")
-    lines = pefast("predict", trained, "the cast was awful", "--file", folder / "texts.txt").splitlines()
+    assert "1.000" in pefast("evaluate", trained, "--source", folder / "rows.csv")
+    (folder / "texts.txt").write_text("it was a lovely warm great story\n\n", encoding="utf-8")
+    lines = pefast("predict", trained, "awful cold poor cast", "--file", folder / "texts.txt").splitlines()
     assert [line.split()[0] for line in lines] == ["negative", "positive"]
 
 
@@ -136,7 +139,8 @@ def test_without_methods_everything_trains(folder):
         (["train", "{recipe}", "--set", "training.speed=9"], "'speed' is not known; known keys are epochs"),
         (["train", "{recipe}", "--set", "data.source=gone.csv"], "no such file or folder"),
         (["train", "{recipe}", "--set", "task=poetry"], "known tasks are text-classification"),
-        (["train", "{recipe}", "--set", "methods=[{method: lora, rank: 0}]"], "rank"),
+        (["train", "{recipe}", "--set", "methods=[{{method: lora, rank: 0}}]"], "rank"),
+        (["train", "{recipe}", "--set", "methods=[]"], "methods: none came"),
         (["train", "{recipe}", "--lr", "1e30"], "a smaller training.lr may help"),
         (["evaluate", "{folder}"], "holds no trained run"),
         (["predict", "{folder}"], "no text came"),

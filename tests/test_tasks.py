@@ -181,7 +181,7 @@ def test_recipe_is_read_changed_and_written_back(tmp_path):
         (RECIPE + "training: {dtype: int8}\n", "training.dtype: 'int8' came; it is one of float32"),
         (RECIPE + "training: [1]\n", "recipe.training: [1] came; keys are wanted"),
         (RECIPE + "methods: [lora]\n", "recipe.methods: 'lora' came; each entry is `method: name`"),
-        (RECIPE.replace("bad", "no"), "data.names: YAML reads an unquoted yes, no, on or off as False"),
+        (RECIPE.replace("bad", "no"), "data.names: YAML reads yes, no, on and off without quotes as False"),
         ("- 1\n", "holds no keys"),
         ("a: [1\n", "line 2 is not YAML"),
     ],

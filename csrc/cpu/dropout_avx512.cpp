@@ -93,21 +93,21 @@ inline Doubles plus(const Doubles& v, const Doubles& u) {
 // which of the columns 32·w .. 32·w + 31 are among the first n
 inline __mmask32 inside(int w, int64_t n) {
     const int64_t left = n - 32 * w;
-    return left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
+    return left >= 32 ? ~0u : (1u << left) - 1;
 }
 
 // a dropped element is read as zero, so the product is +0 whatever x holds
 template <class T>
-inline void scale_kept(const T* x, T* x_hat, const __mmask32 keep[4], int64_t n, double scale) {
-    for (int w = 0; w < 4; ++w) {
+inline void scale_kept(const T* x, T* x_hat, const __mmask32* keep, int64_t n, double scale) {
+    for (int w = 0; 32 * w < n; ++w) {
         const __mmask32 in = inside(w, n);
         store(x_hat + 32 * w, in, times(load(x + 32 * w, keep[w] & in), scale));
     }
 }
 
 template <class T>
-inline void add_kept(const T* t, T* y, const __mmask32 keep[4], int64_t n, double scale) {
-    for (int w = 0; w < 4; ++w) {
+inline void add_kept(const T* t, T* y, const __mmask32* keep, int64_t n, double scale) {
+    for (int w = 0; 32 * w < n; ++w) {
         const __mmask32 kept = keep[w] & inside(w, n);
         store(y + 32 * w, kept, plus(load(y + 32 * w, kept), times(load(t + 32 * w, kept), scale)));
     }
@@ -122,11 +122,17 @@ void tiles_of(const Dropout& d, int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t row = tile / in_row, first = tile % in_row * TILE;
         const int64_t last = first + TILE < d.K ? first + TILE : d.K;
-        for (int64_t col = first; col < last; col += 128) {
-            __mmask32 keep[4];
-            keep_128(draw, static_cast<uint32_t>(row), static_cast<uint32_t>(col / 128), keep);
-            if (x) scale_kept(x + row * d.ldx + col, x_hat + row * d.K + col, keep, last - col, d.scale);
-            if (t) add_kept(t + row * d.ldt + col, y + row * d.ldy + col, keep, last - col, d.scale);
+        for (int64_t col = first; col < last; col += 256) {
+            const int64_t n = last - col < 256 ? last - col : 256;
+            const uint32_t block = static_cast<uint32_t>(col / 128);
+            __mmask32 keep[8];
+            if (n > 128) {
+                keep_256(draw, static_cast<uint32_t>(row), block, keep);
+            } else {
+                keep_128(draw, static_cast<uint32_t>(row), block, keep);
+            }
+            if (x) scale_kept(x + row * d.ldx + col, x_hat + row * d.K + col, keep, n, d.scale);
+            if (t) add_kept(t + row * d.ldt + col, y + row * d.ldy + col, keep, n, d.scale);
         }
     }
 }

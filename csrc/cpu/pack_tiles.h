@@ -1,0 +1,96 @@
+// Packing in registers: 32 terms of the sum by 32 columns become the two tiles of one step of a strip (pack.h).
+#pragma once
+
+#include "amx.h"
+
+namespace pefast::amx {
+
+inline __mmask32 first(int64_t count) { return count >= 32 ? ~0u : (1u << (count < 0 ? 0 : count)) - 1; }
+
+// dwords [16, 16], transposed in place
+inline void transpose(__m512i (&v)[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    }
+}
+
+// two rows [32] become 32 pairs: columns 0 to 15, then 16 to 31
+inline void pair_rows(__m512i even, __m512i odd, __m512i& low, __m512i& high) {
+    const __m512i LOW = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7,
+                                         38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i HIGH = _mm512_or_si512(LOW, _mm512_set1_epi16(16));
+    low = _mm512_permutex2var_epi16(even, LOW, odd);
+    high = _mm512_permutex2var_epi16(even, HIGH, odd);
+}
+
+// src holds the terms of a column in a row: [columns, terms], rows ld apart
+inline void pack_step_across(const bf16* src, int64_t ld, int64_t terms, int64_t columns, bf16* tiles) {
+    const __mmask32 inside = first(terms);
+    for (int64_t half = 0; half < 2; ++half, tiles += TILE) {
+        __m512i v[16];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < 16; ++i) {
+            const int64_t column = half * SIDE + i;
+            v[i] = _mm512_maskz_loadu_epi16(column < columns ? inside : 0, src + column * ld);
+        }
+        transpose(v);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(tiles + i * 32, v[i]);
+    }
+}
+
+// src holds a term of all columns in a row: [terms, columns], rows ld apart
+inline void pack_step_along(const bf16* src, int64_t ld, int64_t terms, int64_t columns, bf16* tiles) {
+    const __mmask32 inside = first(columns);
+    for (int64_t pair = 0; pair < 16; ++pair) {
+        const int64_t row = 2 * pair;
+        const __m512i even = _mm512_maskz_loadu_epi16(row < terms ? inside : 0, src + row * ld);
+        const __m512i odd = _mm512_maskz_loadu_epi16(row + 1 < terms ? inside : 0, src + (row + 1) * ld);
+        __m512i low, high;
+        pair_rows(even, odd, low, high);
+        _mm512_storeu_si512(tiles + pair * 32, low);
+        _mm512_storeu_si512(tiles + TILE + pair * 32, high);
+    }
+}
+
+// Which way the terms of the sum run in the source.
+enum class Terms { across, along };  // [columns, sum] and [sum, columns]
+
+// strip number `strip` of a right factor [sum, columns]
+template <Terms TERMS>
+inline void pack_strip(const bf16* src, int64_t ld, int64_t sum, int64_t columns, int64_t strip,
+                       bf16* packed) {
+    const int64_t steps = parts(sum, STEP), column = strip * STRIP;
+    bf16* tiles = packed + strip * steps * 2 * TILE;
+    for (int64_t step = 0; step < steps; ++step, tiles += 2 * TILE) {
+        const int64_t term = step * STEP;
+        if (TERMS == Terms::across)
+            pack_step_across(src + column * ld + term, ld, sum - term, columns - column, tiles);
+        else
+            pack_step_along(src + term * ld + column, ld, sum - term, columns - column, tiles);
+    }
+}
+
+}  // namespace pefast::amx

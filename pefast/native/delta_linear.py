@@ -1,0 +1,192 @@
+"""delta_linear by csrc/cpu/delta_linear*: one LoRA beside a frozen bf16 weight, on AMX.
+
+The weight is packed once for each direction. The packs hang on the weight's storage, so that every view of it
+finds them and they are freed with it; they are made again when its version, or a mark of 32 of its numbers,
+has changed. Formula: pefast/ops/delta_linear.py.
+"""
+
+import torch
+from torch import Tensor
+
+from pefast.native import WHY_NOT, C, rows_of, through_the_registry
+
+_HERE = C is not None and C.delta_linear_here()
+_MASTERS = (torch.float32, torch.bfloat16)
+
+
+def refuse(call) -> str:
+    """Why csrc cannot run this call, or ""."""
+    if not _HERE:
+        return WHY_NOT if C is None else "needs a processor with AMX tiles for bfloat16, which this one lacks"
+    x, w, bias, segments = call.x, call.w, call.bias, call.segments
+    if not (x.is_cpu and w.is_cpu):
+        return f"needs a CPU, x is on {x.device} and the weight on {w.device}"
+    if not (x.dtype is torch.bfloat16 and w.dtype is torch.bfloat16):
+        return f"takes bfloat16, x is {_name(x.dtype)} and the weight {_name(w.dtype)}"
+    if len(segments) != 1:
+        return f"takes one segment, here are {len(segments)}"
+    if call.gain is not None:
+        return "has no output gain"
+    if not w.numel():
+        return f"takes no empty weight, w is {list(w.shape)}"
+    if (w.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
+        return "takes a frozen weight and bias, here one of them trains"
+    if bias is not None and bias.dtype not in _MASTERS:
+        return f"takes a bias in float32 or bfloat16, it is {_name(bias.dtype)}"
+    return _refuse_segment(segments[0])
+
+
+def _refuse_segment(s) -> str:
+    if s.h is not None:
+        return "computes the waist itself, here it is given"
+    if s.activation != "identity":
+        return f"has no activation, the segment's is {s.activation}"
+    if s.c is not None or s.d is not None:
+        return "has no trained biases inside a segment"
+    if s.adapter is not None:
+        return "has no adapter ids"
+    if s.a.dtype not in _MASTERS or s.b.dtype not in _MASTERS:
+        return f"takes a and b in float32 or bfloat16, they are {_name(s.a.dtype)} and {_name(s.b.dtype)}"
+    if not s.a.shape[0]:
+        return "takes a rank of 1 or more, it is 0"
+    return ""
+
+
+def decline(call) -> str:
+    """Why another hand is faster, or ""."""
+    w = call.w
+    if not isinstance(w, torch.nn.Parameter) and not isinstance(w._base, torch.nn.Parameter):
+        return "packs the weight once for many calls, and this one is no parameter: it may live for one call"
+    return ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def forward(call) -> tuple[Tensor, list[tuple[Tensor, None]]]:
+    """y [M, N] and [(h [M, R], None)], both in bfloat16."""
+    s = call.segments[0]
+    run = torch.ops.pefast.delta_linear if through_the_registry(call.x) else _forward
+    y, h = run(call.x, call.w, call.bias, s.a, s.b, s.scale, s.dropout, call.seed if s.dropout else None)
+    return y, [(h, None)]
+
+
+def backward(call, saved, dy: Tensor, needs):
+    """dx, None, None, None and [(da, db, None, None, None)]; None for what is not needed."""
+    s, (need_a, need_b, *_) = call.segments[0], needs.segments[0]
+    run = torch.ops.pefast.delta_linear_backward if through_the_registry(dy) else _backward
+    asked = (needs.x, need_a, need_b)
+    seed = call.seed if s.dropout else None
+    dx, da, db = run(dy, call.x, call.w, s.a, s.b, saved[0][0], s.scale, s.dropout, seed, *asked)
+    return (
+        dx if needs.x else None,
+        None,
+        None,
+        None,
+        [(da if need_a else None, db if need_b else None, None, None, None)],
+    )
+
+
+def _forward(x, w, bias, a, b, scale, p, seed):
+    if not _HERE:
+        raise RuntimeError(f"delta_linear: the native kernel cannot run: {WHY_NOT or 'it needs AMX'}")
+    x, a, b = rows_of(x), _plain(a), _plain(b)
+    bias = None if bias is None else _plain(bias)
+    (m, k), (n, r) = x.shape, b.shape
+    y, h = torch.empty((m, n), dtype=torch.bfloat16), torch.empty((m, r), dtype=torch.bfloat16)
+    stride_n, stride_k = w.stride()
+    on_bias = (0, False) if bias is None else (bias.data_ptr(), bias.dtype is torch.float32)
+    waist = (*_master(a), *_master(b), scale, p, seed.data_ptr() if p else 0)
+    threads, ldx = torch.get_num_threads(), x.stride(0) if m > 1 else k
+    while True:
+        packed, mark = _packed(w, False)
+        place = (w.data_ptr(), stride_n, stride_k, mark, packed.data_ptr())
+        sizes = (y.data_ptr(), h.data_ptr(), m, n, k, r, threads)
+        if C.delta_linear_forward(x.data_ptr(), ldx, *place, *on_bias, *waist, *sizes):
+            return y, h
+        # somebody wrote to w through .data, which leaves its version as it was
+        del w.untyped_storage().pefast_packs
+
+
+def _backward(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
+    if not _HERE:
+        raise RuntimeError(f"delta_linear: the native kernel cannot run: {WHY_NOT or 'it needs AMX'}")
+    dy, x, a, b, h = rows_of(dy), rows_of(x), _plain(a), _plain(b), _plain(h)
+    (m, k), (n, r) = x.shape, b.shape
+    dx = torch.empty((m, k) if need_x else 0, dtype=torch.bfloat16)
+    da, db = torch.empty((r, k) if need_a else 0), torch.empty((n, r) if need_b else 0)
+    packed, _ = _packed(w, True) if need_x else (dx, 0)
+    ldx, lddy = (x.stride(0), dy.stride(0)) if m > 1 else (k, n)
+    waist = (*_master(a), *_master(b), scale, p, seed.data_ptr() if p else 0)
+    given = (x.data_ptr(), ldx, dy.data_ptr(), lddy, h.data_ptr(), packed.data_ptr())
+    C.delta_linear_backward(
+        *given, *waist, dx.data_ptr(), da.data_ptr(), db.data_ptr(), m, n, k, r, torch.get_num_threads()
+    )
+    return (
+        dx,
+        da if a.dtype is torch.float32 else da.to(a.dtype),
+        db if b.dtype is torch.float32 else db.to(b.dtype),
+    )
+
+
+def _plain(t: Tensor) -> Tensor:
+    return t if t.is_contiguous() else t.contiguous()
+
+
+def _master(t: Tensor) -> tuple[int, bool]:
+    return t.data_ptr(), t.dtype is torch.float32
+
+
+def _packed(w: Tensor, for_dx: bool) -> tuple[Tensor, int]:
+    """w [N, K] packed for x wᵀ or for dy w, and its mark; from the storage, or made now."""
+    store = w.untyped_storage()
+    packs = getattr(store, "pefast_packs", None)
+    if packs is None:
+        packs = store.pefast_packs = {}
+    place = (w.data_ptr(), w.stride(), w.shape, for_dx)
+    version = 0 if w.is_inference() else w._version
+    found = packs.get(place)
+    if found is not None and found[0] == version:
+        return found[1:]
+    # every view that was packed before a write is stale
+    for old in [old for old, pack in packs.items() if pack[0] != version]:
+        del packs[old]
+    n, k = w.shape
+    packed = torch.empty(C.packed_size(n, k) if for_dx else C.packed_size(k, n), dtype=torch.bfloat16)
+    mark = C.delta_linear_pack(
+        w.data_ptr(), *w.stride(), n, k, for_dx, packed.data_ptr(), torch.get_num_threads()
+    )
+    packs[place] = (version, packed, mark)
+    return packed, mark
+
+
+def packed_bytes(w: Tensor) -> int:
+    """How much memory the packs of this weight take now."""
+    packs = getattr(w.untyped_storage(), "pefast_packs", {})
+    return sum(packed.numel() * packed.element_size() for _, packed, _ in packs.values())
+
+
+_LIBRARY = torch.library.Library("pefast", "FRAGMENT")
+_LIBRARY.define(
+    "delta_linear(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, float scale, float p, Tensor? seed)"
+    " -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "delta_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor h, float scale, float p,"
+    " Tensor? seed, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("delta_linear", _forward, "CPU")
+_LIBRARY.impl("delta_linear_backward", _backward, "CPU")
+
+
+@torch.library.register_fake("pefast::delta_linear", lib=_LIBRARY)
+def _(x, w, bias, a, b, scale, p, seed):
+    return x.new_empty((x.shape[0], w.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
+
+
+@torch.library.register_fake("pefast::delta_linear_backward", lib=_LIBRARY)
+def _(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
+    dx = x.new_empty((x.shape[0], x.shape[1]) if need_x else 0)
+    da = a.new_empty((a.shape[0], a.shape[1]) if need_a else 0)
+    return dx, da, b.new_empty((b.shape[0], b.shape[1]) if need_b else 0)

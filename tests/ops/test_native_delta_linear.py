@@ -1,0 +1,209 @@
+"""The native hand of delta_linear by itself: values, gradients, bits, and the packs of the weight."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from pefast.native import delta_linear as native
+from pefast.ops.delta_linear import Call, Needs, Segment, reference
+from pefast.testing import assert_no_worse
+
+pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+
+# M, K, N, R: one of each, no multiple of a tile, all multiples, several panels and several blocks of rows
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 64, 48, 4),
+    (3, 17, 33, 3),
+    (33, 65, 63, 8),
+    (17, 1000, 31, 24),
+    (64, 384, 384, 16),
+    (63, 96, 1000, 64),
+    (40, 33, 80, 256),
+    (530, 130, 70, 16),
+    (1100, 64, 96, 5),
+    (96, 2048, 64, 16),
+]
+ALL = Needs(True, False, False, False, ((True, True, False, False, False),))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_call(
+    shape, dropout=0.0, masters=torch.float32, bias=True, apart=0, conv1d=False, scale=1.5
+) -> tuple:
+    """A call and a gradient of its result; rows of x and dy have `apart` numbers between them."""
+    m, k, n, r = shape
+    generator = torch.Generator().manual_seed(m * 7 + k * 3 + n + r)
+
+    def normal(*size, kind=torch.bfloat16, by=1.0):
+        return (torch.randn(*size, generator=generator, dtype=torch.float64) * by).to(kind)
+
+    w = normal(k, n, by=k**-0.5).t() if conv1d else normal(n, k, by=k**-0.5)
+    w = torch.nn.Parameter(w, requires_grad=False)
+    a, b = normal(r, k, kind=masters, by=k**-0.5), normal(n, r, kind=masters, by=r**-0.5)
+    seed = torch.tensor([123456789012345])
+    segment = Segment(a, b, scale, dropout=dropout)
+    x, dy = normal(m, k + apart)[:, :k], normal(m, n + apart)[:, :n]
+    call = Call(x, w, normal(n) if bias else None, None, None, seed, (segment,))
+    if why := native.refuse(call):
+        pytest.skip(why)
+    return call, dy
+
+
+def run(call, dy) -> dict:
+    y, saved = native.forward(call)
+    dx, _, _, _, [(da, db, *_)] = native.backward(call, saved, dy, ALL)
+    return {"y": y, "h": saved[0][0], "dx": dx, "da": da, "db": db}
+
+
+def formula(call, dy, dtype) -> dict:
+    s = call.segments[0]
+    x, w, a, b = (t.detach().to(dtype).requires_grad_() for t in (call.x, call.w, s.a, s.b))
+    bias = None if call.bias is None else call.bias.to(dtype)
+    y = reference(x, w, (s._replace(a=a, b=b),), bias, seed=call.seed)
+    # the waist is what a delta with b = 1 would add
+    eye = torch.eye(len(a), dtype=dtype)
+    h = reference(
+        x, torch.zeros(len(a), x.shape[1], dtype=dtype), (s._replace(a=a, b=eye, scale=1.0),), seed=call.seed
+    )
+    dx, da, db = torch.autograd.grad(y, (x, a, b), dy.to(dtype))
+    return {"y": y.detach(), "h": h.detach(), "dx": dx, "da": da, "db": db}
+
+
+def assert_close(got: dict, call, dy) -> None:
+    near, exact = formula(call, dy, torch.bfloat16), formula(call, dy, torch.float64)
+    for name in got:
+        # fp32 gradients come from bf16 products: held to what bf16 allows
+        assert_no_worse(name, got[name].to(torch.bfloat16), near[name], exact[name])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, dropout):
+    call, dy = make_call(shape, dropout)
+    assert_close(run(call, dy), call, dy)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"masters": torch.bfloat16}, {"bias": False}, {"apart": 5}, {"apart": 32}, {"conv1d": True}],
+    ids=str,
+)
+def test_every_form_of_input(options):
+    call, dy = make_call((70, 130, 97, 16), 0.05, **options)
+    got = run(call, dy)
+    assert_close(got, call, dy)
+    assert got["da"].dtype == call.segments[0].a.dtype and got["db"].dtype == call.segments[0].b.dtype
+
+
+def test_columns_far_apart_are_copied():
+    call, dy = make_call((20, 48, 40, 4))
+    there = run(call, dy)
+    here = run(call._replace(x=call.x.t().contiguous().t()), dy.t().contiguous().t())
+    assert all(torch.equal(there[name], here[name]) for name in there)
+
+
+def test_zero_rows():
+    call, dy = make_call((0, 32, 24, 8), 0.05)
+    got = run(call, dy)
+    assert got["y"].shape == (0, 24) and got["dx"].shape == (0, 32)
+    assert not got["da"].any() and not got["db"].any()
+
+
+@pytest.mark.parametrize("fault", ["scale", "rank", "column", "element", "mask"])
+def test_the_measure_finds_planted_faults(fault):
+    call, dy = make_call((64, 128, 96, 8), 0.5)
+    s = call.segments[0]
+    wrong = {
+        "scale": s._replace(scale=s.scale * 1.02),
+        "rank": s._replace(b=s.b * (torch.arange(8) < 7)),
+        "column": s._replace(a=s.a * (torch.arange(128) < 127)),
+        "element": s,
+        "mask": s,
+    }[fault]
+    got = run(call._replace(segments=(wrong,), seed=call.seed + (fault == "mask")), dy)
+    if fault == "element":
+        got["dx"][5, 7] += 1
+    with pytest.raises(AssertionError):
+        assert_close(got, call, dy)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 33, 40, 3), (64, 384, 384, 16), (700, 96, 130, 24), (1100, 64, 64, 4)], ids=str
+)
+def test_same_bits_every_run_and_for_any_number_of_threads(shape):
+    call, dy = make_call(shape, 0.05)
+    first = run(call, dy)
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        again = run(call, dy)
+        different = [name for name in first if not torch.equal(first[name], again[name])]
+        assert not different, f"{different} differ with {threads} threads"
+
+
+def test_only_the_gradients_asked_for():
+    call, dy = make_call((50, 64, 48, 8), 0.05)
+    whole = run(call, dy)
+    _, saved = native.forward(call)
+    for x, a, b in [(True, False, False), (False, True, False), (False, False, True), (False, False, False)]:
+        needs = Needs(x, False, False, False, ((a, b, False, False, False),))
+        dx, _, _, _, [(da, db, *_)] = native.backward(call, saved, dy, needs)
+        for name, asked, got in (("dx", x, dx), ("da", a, da), ("db", b, db)):
+            assert torch.equal(got, whole[name]) if asked else got is None, name
+
+
+def test_packs_follow_writes_and_leave_with_the_weight():
+    call, dy = make_call((8, 64, 96, 4))
+    run(call, dy)
+    assert native.packed_bytes(call.w) == 2 * 2 * 64 * 96
+    before = native.forward(call)[0]
+    with torch.no_grad():
+        call.w.mul_(2)
+    assert not torch.equal(native.forward(call)[0], before), "a write in place was not seen"
+    call.w.data.mul_(0.5)
+    assert torch.equal(native.forward(call)[0], before), "a write through .data was not seen"
+    # a view of the same weight finds the same packs
+    packed, _ = native._packed(call.w, False)
+    assert native._packed(call.w.detach(), False)[0] is packed
+    gone = weakref.ref(packed)
+    del call, packed
+    gc.collect()
+    assert gone() is None
+
+
+def test_refusals_are_words():
+    call, _ = make_call((4, 32, 24, 2))
+    s = call.segments[0]
+    cases = {
+        "bfloat16": call._replace(x=call.x.float()),
+        "one segment": call._replace(segments=()),
+        "gain": call._replace(gain=torch.ones(24)),
+        "activation": call._replace(segments=(s._replace(activation="relu"),)),
+        "adapter": call._replace(segments=(s._replace(adapter=1),)),
+        "waist": call._replace(segments=(s._replace(a=None, h=call.x[:, :2]),)),
+        "biases": call._replace(segments=(s._replace(d=torch.ones(24)),)),
+        "frozen": call._replace(w=torch.nn.Parameter(call.w)),
+        "float32 or bfloat16": call._replace(segments=(s._replace(a=s.a.double()),)),
+    }
+    for word, other in cases.items():
+        assert word in native.refuse(other)
+    assert native.decline(call) == "" and "parameter" in native.decline(call._replace(w=call.w.detach()))
+
+
+def test_the_operators_pass_opcheck():
+    call, dy = make_call((9, 33, 20, 3), 0.05)
+    s = call.segments[0]
+    given = (call.x, call.w, call.bias, s.a, s.b, s.scale, s.dropout, call.seed)
+    torch.library.opcheck(torch.ops.pefast.delta_linear.default, given)
+    h = native.forward(call)[1][0][0]
+    given = (dy, call.x, call.w, s.a, s.b, h, s.scale, s.dropout, call.seed, True, True, False)
+    torch.library.opcheck(torch.ops.pefast.delta_linear_backward.default, given)

@@ -44,12 +44,15 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -
 
     LoRA and Prompt are PEFT's own files, which PeftModel.from_pretrained reads. An adapter of several methods
     gets a sub-folder for each and a manifest. The folder appears whole or not at all; other files in it are
-    kept. Raises ValueError where it is not clear which adapter is meant.
+    kept. Raises ValueError where it is not clear which adapter is meant, or the folder is a file.
     """
     state = attached(model, "save")
     name = _one_adapter(state, name)
     methods = state.adapters[name]
-    folder = Path(folder)
+    # a link stays a link: what it points to is replaced
+    folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"save: {folder} is a file; a folder, or a new name, would be right")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -94,14 +97,15 @@ def _write_method(model: nn.Module, folder: Path, name: str, key: str, with_head
         "inference_mode": True,
         "pefast_version": __version__,
     }
-    if task := _task_type(model):
+    head = head_tensors(model, name) if with_head else {}
+    if task := _task_type(model, method.kind, bool(head)):
         config["task_type"] = task
     else:
         config["auto_mapping"] = {
             "base_model_class": type(model).__name__,
             "parent_library": type(model).__module__,
         }
-    if with_head and (head := head_tensors(model, name)):
+    if head:
         tensors = tensors | {_head_key(method.kind, path): tensor for path, tensor in head.items()}
         config["modules_to_save"] = sorted({path.split(".")[0] for path in head})
     save_file(_plain(tensors), folder / TENSORS, metadata={"format": "pt"})
@@ -121,23 +125,40 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _task_type(model: nn.Module) -> str | None:
-    return next((task for ending, task in _TASK_TYPES.items() if type(model).__name__.endswith(ending)), None)
+def _task_type(model: nn.Module, kind: str, with_head: bool) -> str | None:
+    task = next((task for end, task in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None)
+    if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not with_head:
+        # PEFT looks for a head in every file with these types; prompt learning needs some type
+        return "FEATURE_EXTRACTION" if kind == "prompt" else None
+    return task
 
 
 def _move_into_place(part: Path, folder: Path) -> None:
+    """Renames `part` to `folder`, where other files of an older folder stay; an error puts all of it back."""
     if not folder.exists():
         os.rename(part, folder)
         return
+    others = {path.name for path in folder.iterdir()} - _own_names(folder) - _own_names(part)
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.rename(folder, old / "was")
-    os.rename(part, folder)
-    ours = {MANIFEST, CONFIG, TENSORS, HEAD}
-    for other in (old / "was").iterdir():
-        stale = other.name in ours or (other / CONFIG).exists()
-        if not stale and not (folder / other.name).exists():
-            os.rename(other, folder / other.name)
+    was = old / "was"
+    moves = [(folder, was), (part, folder), *((was / name, folder / name) for name in others)]
+    done = 0
+    try:
+        for source, target in moves:
+            os.rename(source, target)
+            done += 1
+    finally:
+        if done < len(moves):
+            for source, target in reversed(moves[:done]):
+                os.rename(target, source)
+            old.rmdir()
     shutil.rmtree(old)
+
+
+def _own_names(folder: Path) -> set[str]:
+    """Names in an adapter's folder that are the adapter's own."""
+    names = {MANIFEST, CONFIG, TENSORS, HEAD}
+    return names | set(_read_manifest(folder).methods if (folder / MANIFEST).exists() else ())
 
 
 def load(
@@ -151,7 +172,7 @@ def load(
     """
     folder = Path(folder)
     parts = _read(folder)
-    methods = [METHODS[part.kind].from_config(part.config, part.tensors) for part in parts.methods]
+    methods = [_method(part, model, folder) for part in parts.methods]
     before = model._pefast.router.active if hasattr(model, "_pefast") else None
     rng = torch.get_rng_state()
     attach(model, methods, name, head=bool(parts.head))
@@ -167,8 +188,25 @@ def load(
     with torch.no_grad():
         for parameter, value in pairs:
             parameter.copy_(value)
-            parameter.requires_grad_(trainable)
-    return model
+    if not trainable:
+        attached(model, "load").frozen.add(name)
+    return activate(model, name)
+
+
+def _method(part: "_Part", model: nn.Module, folder: Path):
+    """A method with the settings of its file, checked alone and against the model."""
+    try:
+        method = METHODS[part.kind].from_config(part.config, part.tensors)
+        method.check()
+    except KeyError as key:
+        raise ValueError(f"load: the {CONFIG} of {folder} has no {key}") from None
+    except ValueError as error:
+        raise ValueError(f"load: {folder} has settings that cannot be: {error}") from None
+    try:
+        method.plan(model)
+    except ValueError as error:
+        raise ValueError(f"load: {folder} does not fit this {type(model).__name__}: {error}") from None
+    return method
 
 
 class _Part(NamedTuple):
@@ -177,6 +215,13 @@ class _Part(NamedTuple):
     kind: str
     config: dict
     tensors: dict[str, Tensor]
+
+
+class _Manifest(NamedTuple):
+    """What pefast.json says: the methods' folders, and whether there is a head."""
+
+    methods: list[str]
+    head: bool
 
 
 class _Folder(NamedTuple):
@@ -188,13 +233,9 @@ class _Folder(NamedTuple):
 
 def _read(folder: Path) -> _Folder:
     if (folder / MANIFEST).exists():
-        manifest = _read_json(folder / MANIFEST)
-        methods = [_read_method(folder / key) for key in manifest["methods"]]
-        return _Folder(methods, _read_tensors(folder / HEAD) if manifest["head"] else {})
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(
-            f"load: {folder} has neither {CONFIG} nor {MANIFEST}; a folder that save wrote would be right"
-        )
+        manifest = _read_manifest(folder)
+        methods = [_read_method(folder / key) for key in manifest.methods]
+        return _Folder(methods, _read_tensors(folder / HEAD) if manifest.head else {})
     part = _read_method(folder)
     owns = METHODS[part.kind].owns
     own = {key: tensor for key, tensor in part.tensors.items() if owns(key)}
@@ -203,7 +244,24 @@ def _read(folder: Path) -> _Folder:
     return _Folder([part._replace(tensors=own)], head)
 
 
+def _read_manifest(folder: Path) -> _Manifest:
+    content = _read_json(folder / MANIFEST)
+    methods = content.get("methods")
+    # a name that leads out of the folder is no name of a method
+    if not isinstance(methods, list) or not all(
+        isinstance(key, str) and key.isidentifier() for key in methods
+    ):
+        raise ValueError(
+            f"load: {folder / MANIFEST} has methods {methods!r}; names of folders beside it are right"
+        )
+    return _Manifest(methods, bool(content.get("head")))
+
+
 def _read_method(folder: Path) -> _Part:
+    if not (folder / CONFIG).exists():
+        raise FileNotFoundError(
+            f"load: {folder} has neither {CONFIG} nor {MANIFEST}; a folder that save wrote would be right"
+        )
     config = _read_json(folder / CONFIG)
     kind = _PEFT_TYPES.get(config.get("peft_type"))
     if kind is None:
@@ -215,9 +273,14 @@ def _read_method(folder: Path) -> _Part:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"load: {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"load: {path} holds a {type(content).__name__}; an object with settings would be right"
+        )
+    return content
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

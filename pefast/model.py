@@ -33,6 +33,7 @@ class Attached:
         self.router = Router()
         self.adapters: dict[str, dict[str, object]] = {}
         self.merged: tuple[str, ...] = ()
+        self.frozen: set[str] = set()  # adapters that compute and do not train
         self.trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -125,6 +126,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     if state.merged:
         unmerge(model)
     for each in list(state.adapters) if name is None else [name]:
+        state.frozen.discard(each)
         for key, method in state.adapters.pop(each).items():
             method.leave(model, each, key)
         for module in list(model.modules()):
@@ -154,7 +156,7 @@ def activate(model: nn.Module, name: str | Sequence[str] | None) -> nn.Module:
     state.router.activate(names)
     for each in state.adapters:
         for parameter in parameters_of(model, each).values():
-            parameter.requires_grad_(each in names)
+            parameter.requires_grad_(each in names and each not in state.frozen)
     return model
 
 
@@ -218,6 +220,8 @@ def merge(model: nn.Module) -> nn.Module:
     names = state.router.active
     if state.merged:
         raise ValueError("merge: the model is merged already")
+    if not names:
+        raise ValueError(f"merge: no adapter is active; activate one of {sorted(state.adapters)}")
     if odd := {
         method.kind for name in names for method in state.adapters[name].values() if not method.merges
     }:

@@ -1,6 +1,7 @@
 """One delta's own parameters: the down and up halves of a segment of the waist."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,14 @@ def lora_scale(who: str, rank: int, alpha: float | None, rslora: bool) -> float:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"{who}: rank is {rank!r}; a whole number from 1 up would be right")
     alpha = rank if alpha is None else alpha
+    if not isinstance(alpha, Real) or not math.isfinite(alpha):
+        raise ValueError(f"{who}: alpha is {alpha!r}; a number, or None for alpha = rank, would be right")
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
 def check_rate(who: str, rate: float) -> None:
     """Raises ValueError unless 0 <= rate < 1."""
-    if not 0 <= rate < 1:
+    if not isinstance(rate, Real) or not 0 <= rate < 1:
         raise ValueError(f"{who}: dropout is {rate!r}; a rate from 0 to below 1 would be right")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pefast.formats import format_of
 from pefast.layers.hosts import add_delta
 from pefast.layers.lowrank import LowRank, check_rate, lora_scale, master_dtype
-from pefast.methods.places import deltas_of, pick_linears
+from pefast.methods.places import check_expression, deltas_of, pick_linears
 
 
 @dataclass
@@ -49,6 +49,8 @@ class LoRA:
         """Raises ValueError for settings that no model could take."""
         lora_scale("LoRA", self.rank, self.alpha, self.rslora)
         check_rate("LoRA", self.dropout)
+        for pattern in (*(self.ranks or {}), *(self.alphas or {})):
+            check_expression("LoRA", pattern)
 
     def plan(self, model: nn.Module) -> list[str]:
         """Paths of the layers it will enter. Changes nothing; raises ValueError where nothing matches."""

@@ -27,6 +27,9 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 def pick_linears(model: nn.Module, targets, exclude=(), layers: Sequence[int] | None = None) -> list[str]:
     """Paths of the linear layers that `targets` means. Raises ValueError, with names that exist, where none
     matches."""
+    for each in (targets, exclude):
+        if isinstance(each, str):
+            check_expression("attach", each)
     everything = linears(model)
     last = getattr(model, "get_output_embeddings", lambda: None)()
     closed = tuple(f"{head}." for head in heads(model))
@@ -44,10 +47,19 @@ def pick_linears(model: nn.Module, targets, exclude=(), layers: Sequence[int] | 
             chosen.append(path)
     if not chosen:
         names = list(everything)
+        shown = targets if isinstance(targets, str) or len(targets) <= 3 else [*targets[:2], "..."]
         raise ValueError(
-            f"attach: no linear layer matches {targets!r}; names look like {', '.join(_some(names))}"
+            f"attach: no linear layer matches {shown!r}; names look like {', '.join(_some(names))}"
         )
     return chosen
+
+
+def check_expression(who: str, text: str) -> None:
+    """Raises ValueError for a text that is no regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{who}: {text!r} is no regular expression: {error}") from None
 
 
 def _is_all(targets) -> bool:
@@ -67,7 +79,7 @@ def _in_layers(path: str, layers: Sequence[int] | None) -> bool:
 
 def _some(names: list[str]) -> list[str]:
     """A few names, one for each different ending."""
-    return list({name.rsplit(".", 1)[-1]: name for name in reversed(names)}.values())[-6:]
+    return list({name.rsplit(".", 1)[-1]: name for name in reversed(names)}.values())[:-11:-1]
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, DeltaHost]]:

@@ -55,7 +55,7 @@ class Call(NamedTuple):
     gain: Tensor | None  # [N]
     ids: Tensor | None  # [M]  int64, the adapter of each row; -1: none
     seed: Tensor | None  # [1]  int64 on the CPU, where a segment has dropout
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...] | list[Segment]
     mask: ModuleType | None = None  # the dropout hand, for hands that make no mask of their own
 
 
@@ -66,7 +66,7 @@ class Needs(NamedTuple):
     w: bool
     bias: bool
     gain: bool
-    segments: tuple[tuple[bool, bool, bool, bool, bool], ...]  # a, b, c, d, h of each
+    segments: list[tuple[bool, bool, bool, bool, bool]]  # a, b, c, d, h of each
 
 
 def reference(
@@ -121,37 +121,41 @@ def delta_linear(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w = x.to(dtype), w.to(dtype)
-    _check(x, w, segments, ids)
+    dropped = _check(x, w, segments, ids)
     if ids is not None:
         ids = _row_ids(ids, x)
     mask = None
-    if any(s.dropout for s in segments):
+    if dropped:
         seed = dropout_op.draw_seed() if seed is None else dropout_op.as_seed(seed)
         mask = dropout_op.OP.hands[dropout_op.OP.pick(dropout_op.Call(x, 0.5, seed, 0))]
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    call = Call(rows, w, bias, gain, ids, seed, segments, mask)
+    flat = x.dim() == 2
+    # flattened outside autograd: a view of x and one of y would be two more nodes of the graph
+    rows = x if flat else x.detach().reshape(-1, x.shape[-1])
+    call = Call(rows, w, bias, gain, ids, seed if dropped else None, segments, mask)
     hand = OP.pick(call, backend)
-    tensors = [t for s in segments for t in (s.a, s.b, s.c, s.d, s.h)]
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, w, bias, gain, *tensors)
-    ):
-        y = _DeltaLinear.apply(call, hand, rows, w, bias, gain, ids, seed, *tensors)
-    else:
-        y, _ = OP.hands[hand].forward(call)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    tensors = [x, w, bias, gain]
+    for s in segments:
+        tensors += (s.a, s.b, s.c, s.d, s.h)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return _DeltaLinear.apply(call, hand, *tensors)
+    y, _ = OP.hands[hand].forward(call)
+    return y if flat else y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _DeltaLinear(torch.autograd.Function):
     """Wiring only: the mathematics is in the hands."""
 
     @staticmethod
-    def forward(ctx, call, hand, x, w, bias, gain, ids, seed, *tensors):
-        # call holds the same tensors; they stand in the list as well so that autograd sees them
+    def forward(ctx, call, hand, x, w, bias, gain, *tensors):
+        # call holds the same tensors, x flattened; they stand in the list as well so that autograd sees them
         y, saved = OP.hands[hand].forward(call)
         ctx.hand, ctx.mask = hand, call.mask
         ctx.specs = [(s.scale, s.activation, s.dropout, s.adapter) for s in call.segments]
-        ctx.save_for_backward(x, w, bias, gain, ids, seed, *tensors, *(t for pair in saved for t in pair))
-        return y
+        pairs = [t for pair in saved for t in pair]
+        ctx.save_for_backward(x, w, bias, gain, call.ids, call.seed, *tensors, *pairs)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, dy):
@@ -159,18 +163,23 @@ class _DeltaLinear(torch.autograd.Function):
             raise RuntimeError("delta_linear: has no second derivative; create_graph=False would be right")
         x, w, bias, gain, ids, seed, *rest = ctx.saved_tensors
         need = ctx.needs_input_grad
-        segments, segment_needs = [], []
-        for i, (scale, activation, rate, adapter) in enumerate(ctx.specs):
-            a, b, c, d, h = rest[5 * i : 5 * i + 5]
+        segments, segment_needs, at = [], [], 0
+        for scale, activation, rate, adapter in ctx.specs:
+            a, b, c, d, h = rest[at : at + 5]
             segments.append(Segment(a, b, scale, activation, c, d, rate, adapter, h))
-            segment_needs.append(need[8 + 5 * i : 13 + 5 * i])
-        flat = rest[5 * len(segments) :]
-        saved = list(zip(flat[::2], flat[1::2], strict=True))
-        call = Call(x, w, bias, gain, ids, seed, tuple(segments), ctx.mask)
-        needs = Needs(need[2], need[3], need[4], need[5], tuple(segment_needs))
+            segment_needs.append(need[at + 6 : at + 11])
+            at += 5
+        saved = list(zip(rest[at::2], rest[at + 1 :: 2], strict=True))
+        shape = x.shape
+        if len(shape) != 2:
+            x, dy = x.reshape(-1, shape[-1]), dy.reshape(-1, dy.shape[-1])
+        call = Call(x, w, bias, gain, ids, seed, segments, ctx.mask)
+        needs = Needs(*need[2:6], segment_needs)
         backward = getattr(OP.hands[ctx.hand], "backward", eager.backward)
         dx, dw, dbias, dgain, deltas = backward(call, saved, dy, needs)
-        return None, None, dx, dw, dbias, dgain, None, None, *(t for five in deltas for t in five)
+        if dx is not None and len(shape) != 2:
+            dx = dx.view(shape)
+        return None, None, dx, dw, dbias, dgain, *(t for five in deltas for t in five)
 
 
 def _row_ids(ids: Tensor, x: Tensor) -> Tensor:
@@ -185,7 +194,8 @@ def _row_ids(ids: Tensor, x: Tensor) -> Tensor:
     )
 
 
-def _check(x, w, segments, ids) -> None:
+def _check(x, w, segments, ids) -> bool:
+    """Whether a segment has dropout. Raises ValueError where something does not fit."""
     n, k = w.shape
     if x.shape[-1] != k:
         raise ValueError(f"delta_linear: x has {x.shape[-1]} columns, the weight [{n}, {k}] takes {k}")
@@ -193,24 +203,41 @@ def _check(x, w, segments, ids) -> None:
         raise ValueError(
             f"delta_linear: x is {x.dtype} and the weight {w.dtype}; one dtype, or autocast, would be right"
         )
+    dropped = False
     for s in segments:
-        if s.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"delta_linear: no activation {s.activation!r}; there are {', '.join(ACTIVATIONS)}"
-            )
-        if not 0 <= s.dropout < 1:
-            raise ValueError(f"delta_linear: dropout is {s.dropout}; a rate from 0 to below 1 would be right")
-        if (s.a is None) == (s.h is None):
-            raise ValueError("delta_linear: a segment takes either a or h, not both and not neither")
-        if (s.a is not None and (s.a.shape[1] != k or s.a.shape[0] != s.b.shape[1])) or s.b.shape[0] != n:
-            down = None if s.a is None else tuple(s.a.shape)
-            raise ValueError(
-                f"delta_linear: a {down} and b {tuple(s.b.shape)} do not fit a weight of [{n}, {k}]"
-            )
-        if s.adapter is not None and ids is None:
-            raise ValueError(
-                f"delta_linear: a segment belongs to adapter {s.adapter}; ids must say which rows are its own"
-            )
+        if s.dropout:
+            dropped = True
+        if (
+            s.activation not in ACTIVATIONS
+            or not 0 <= s.dropout < 1
+            or (s.adapter is not None and ids is None)
+        ):
+            _refuse_settings(s)
+        if s.a is None or s.h is not None:
+            fits = s.a is None and s.h is not None and s.h.shape[-1] == s.b.shape[1] and s.b.shape[0] == n
+        else:
+            r, own_k = s.a.shape
+            fits = own_k == k and s.b.shape == (n, r)
+        if not fits:
+            _refuse_shapes(s, n, k)
+    return dropped
+
+
+def _refuse_settings(s: Segment) -> None:
+    if s.activation not in ACTIVATIONS:
+        raise ValueError(f"delta_linear: no activation {s.activation!r}; there are {', '.join(ACTIVATIONS)}")
+    if not 0 <= s.dropout < 1:
+        raise ValueError(f"delta_linear: dropout is {s.dropout}; a rate from 0 to below 1 would be right")
+    raise ValueError(
+        f"delta_linear: a segment belongs to adapter {s.adapter}; ids must say which rows are its own"
+    )
+
+
+def _refuse_shapes(s: Segment, n: int, k: int) -> None:
+    if (s.a is None) == (s.h is None):
+        raise ValueError("delta_linear: a segment takes either a or h, not both and not neither")
+    down = f"h {tuple(s.h.shape)}" if s.a is None else f"a {tuple(s.a.shape)}"
+    raise ValueError(f"delta_linear: {down} and b {tuple(s.b.shape)} do not fit a weight of [{n}, {k}]")
 
 
 OP = Operation("delta_linear", {"native": native_hand, "triton": triton_hand, "eager": eager})

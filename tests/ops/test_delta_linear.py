@@ -44,15 +44,19 @@ def routed(t):
     return {"segments": (first, second, every), "ids": ids, "gain": t["gain"], "bias": t["bias"]}
 
 
+FROZEN = {"plain": ("w", "dy", "bias"), "with_bias": ("w", "dy", "bias"), "dropped": ("w", "dy", "bias")}
 FORMS = {form.__name__: form for form in (plain, with_bias, dropped, hybrid, routed)}
+
+
+def leaves(form, inputs, dtype):
+    """The inputs in a dtype, those that train as leaves of the graph."""
+    frozen = FROZEN.get(form, ("w", "dy"))
+    return {name: v.to(dtype).detach().requires_grad_(name not in frozen) for name, v in inputs.items()}
 
 
 def run(function, form, inputs, dtype, **options):
     """The result and every gradient of one form of the call."""
-    t = {
-        name: tensor.to(dtype).detach().requires_grad_(name not in ("w", "dy"))
-        for name, tensor in inputs.items()
-    }
+    t = leaves(form, inputs, dtype)
     y = function(t["x"], t["w"], **FORMS[form](t), **options)
     y.backward(t["dy"])
     return {"y": y.detach()} | {
@@ -67,7 +71,7 @@ def pooled(function, form, case, dtype, at, **options):
 
 
 def refusal(backend, form, case, dtype):
-    t = make_inputs(case, dtype)
+    t = leaves(form, make_inputs(case, dtype), dtype)
     call = Call(t["x"], t["w"], None, None, None, None, ())._replace(**FORMS[form](t))
     return OP.why_not(backend, call)
 

@@ -188,6 +188,7 @@ def _gradient_parts(
 
 
 def refuse(call) -> str:
+    """Why these kernels cannot run this call, or ""."""
     if why := why_not_here(call.x):
         return why
     if len(call.segments) != 1:
@@ -212,6 +213,7 @@ def refuse(call) -> str:
 
 
 def decline(call) -> str:
+    """Why another hand is faster here, or ""."""
     if INTERPRETED:
         return "triton's interpreter is for tests, a thousand times slower"
     # beside a mask made by other means the product's few percent do not count
@@ -254,7 +256,7 @@ def _forward(x, w, bias, a, b, scale, dropout, seed):
 def _backward(dy, x, w, a, b, h, scale, dropout, seed, need_x, need_a, need_b):
     """dx, da, db; an empty tensor for what is not needed."""
     dx = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
-    da = db = x.new_empty(0)
+    da, db = x.new_empty(0), x.new_empty(0)
     if need_x or need_a:
         dh = torch.empty_like(h)
         _launch_waist(dy, b.t(), dh, 0.0, None)

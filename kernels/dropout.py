@@ -79,10 +79,12 @@ def mask_numbers(p: float) -> tuple[int, float]:
 
 
 def refuse(call) -> str:
+    """Why this kernel cannot run this call, or ""."""
     return why_not_here(call.x)
 
 
 def decline(call) -> str:
+    """Why another hand is faster here, or ""."""
     return "triton's interpreter is for tests, a thousand times slower" if INTERPRETED else ""
 
 

@@ -63,12 +63,12 @@ def _waist(call, s, stream: int) -> Pair:
 
 def _own_rows(call, s) -> Tensor | None:
     """1 for the rows that belong to the segment's adapter, 0 for others [M]; None: all are its own."""
-    return None if s.adapter is None else (call.ids == s.adapter).to(call.x.dtype)
+    return None if s.adapter is None else (call.ids == s.adapter).to(call.w.dtype)
 
 
 def backward(call, saved: list[Pair], dy: Tensor, needs):
     """dx, dw, dbias, dgain and (da, db, dc, dd, dh) of each segment; None for what is not needed."""
-    dtype = call.x.dtype
+    dtype = call.w.dtype
     du = dy if call.gain is None else dy * call.gain.to(dtype)  # [M, N]
     dx = torch.mm(du, call.w) if needs.x else None
     dw = torch.mm(du.t(), call.x) if needs.w else None
@@ -82,7 +82,7 @@ def backward(call, saved: list[Pair], dy: Tensor, needs):
 
 def _segment_backward(call, s, stream: int, h, z, du: Tensor, dx: Tensor | None, need):
     """One segment's gradients; its part of dx is added to dx."""
-    dtype, rows = call.x.dtype, _own_rows(call, s)
+    dtype, rows = call.w.dtype, _own_rows(call, s)
     da = db = dc = dd = None
     if need[1]:
         db = _scaled(torch.mm(du.t(), h), s.scale, s.b.dtype)

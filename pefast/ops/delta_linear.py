@@ -49,7 +49,7 @@ class Segment(NamedTuple):
 class Call(NamedTuple):
     """What a hand is given. Leading dimensions are flattened to M rows."""
 
-    x: Tensor  # [M, K]
+    x: Tensor  # [M, K]  None in a backward that does not look at it
     w: Tensor  # [N, K]  frozen, any strides
     bias: Tensor | None  # [N]
     gain: Tensor | None  # [N]
@@ -154,7 +154,10 @@ class _DeltaLinear(torch.autograd.Function):
         ctx.hand, ctx.mask = hand, call.mask
         ctx.specs = [(s.scale, s.activation, s.dropout, s.adapter) for s in call.segments]
         pairs = [t for pair in saved for t in pair]
-        ctx.save_for_backward(x, w, bias, gain, call.ids, call.seed, *tensors, *pairs)
+        ctx.shape = x.shape
+        # where every waist came from elsewhere and w is frozen, backward never looks at x
+        kept = x if w.requires_grad or any(s.a is not None for s in call.segments) else None
+        ctx.save_for_backward(kept, w, bias, gain, call.ids, call.seed, *tensors, *pairs)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -170,15 +173,15 @@ class _DeltaLinear(torch.autograd.Function):
             segment_needs.append(need[at + 6 : at + 11])
             at += 5
         saved = list(zip(rest[at::2], rest[at + 1 :: 2], strict=True))
-        shape = x.shape
-        if len(shape) != 2:
-            x, dy = x.reshape(-1, shape[-1]), dy.reshape(-1, dy.shape[-1])
+        flat = len(ctx.shape) == 2
+        if not flat:
+            x, dy = None if x is None else x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         call = Call(x, w, bias, gain, ids, seed, segments, ctx.mask)
         needs = Needs(*need[2:6], segment_needs)
         backward = getattr(OP.hands[ctx.hand], "backward", eager.backward)
         dx, dw, dbias, dgain, deltas = backward(call, saved, dy, needs)
-        if dx is not None and len(shape) != 2:
-            dx = dx.view(shape)
+        if dx is not None and not flat:
+            dx = dx.view(ctx.shape)
         return None, None, dx, dw, dbias, dgain, *(t for five in deltas for t in five)
 
 

@@ -1,10 +1,12 @@
-"""Tiny seeded models of four families, what they are fed, and what "as it was" means for a model."""
+"""Tiny seeded models of four families, what they are fed, and what the tests ask of models and of errors."""
 
 import copy
 import functools
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -166,3 +168,15 @@ def assert_as_it_was(model: nn.Module, before: Snapshot) -> None:
         was, is_now = getattr(before, field), getattr(now, field)
         odd = [key for key in {**was, **is_now} if was.get(key) != is_now.get(key)]
         assert not odd, f"{field} differ at {odd}"
+
+
+def assert_refused(action, *parts: str, error=ValueError) -> str:
+    """Runs an action that must raise one sentence: who, what came, and each of `parts`."""
+    with pytest.raises(error) as caught:
+        action()
+    text = str(caught.value)
+    assert re.match(r"\w+: ", text), f"does not begin with who says it: {text}"
+    assert "\n" not in text and len(text) < 500, text
+    for part in parts:
+        assert part in text, f"{part!r} is not in: {text}"
+    return text

@@ -14,6 +14,7 @@ _HOMES = {
     "LoRA": "methods",
     "Adapter": "methods",
     "Prompt": "methods",
+    "accelerate": "acceleration",
     "attach": "model",
     "detach": "model",
     "merge": "model",
@@ -33,6 +34,7 @@ __all__ = [
     "LoRA",
     "Prompt",
     "__version__",
+    "accelerate",
     "activate",
     "attach",
     "backend",
@@ -48,6 +50,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from pefast import ops
+    from pefast.acceleration import accelerate
     from pefast.checkpoint import load, save
     from pefast.dispatch import backend
     from pefast.layers import FusedLoRALinear

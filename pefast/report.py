@@ -5,9 +5,11 @@ from torch import nn
 
 from pefast import dispatch
 from pefast.formats import format_of
+from pefast.layers.counter_dropout import CounterDropout
 from pefast.layers.fused_lora import FusedLoRALinear
 from pefast.layers.hosts import After, DeltaHost
 from pefast.layers.lowrank import LowRank
+from pefast.layers.on_peft import PeftLinear
 from pefast.ops.delta_linear import OP, Call, Segment
 
 _PROBE_ROWS = 512
@@ -32,6 +34,10 @@ def explain(model: nn.Module) -> str:
             names = [name for name, _ in module.router.turns if name in module.deltas]
             deltas = [(name, key, delta) for name in names for key, delta in module.deltas[name].items()]
             lines.setdefault(_host_line(module, deltas), []).append(path)
+        elif isinstance(module, PeftLinear):
+            lines.setdefault(_peft_line(module), []).append(path)
+        elif isinstance(module, CounterDropout):
+            lines.setdefault(f"dropout of {module.p:g} from a counter", []).append(path)
     if not lines:
         return f"{type(model).__name__}: no layer computes through pefast"
     return "\n".join(f"{_paths(paths)}: {line}" for line, paths in lines.items())
@@ -50,6 +56,13 @@ def _host_line(host: DeltaHost, deltas: list[tuple[str, str, LowRank]]) -> str:
     if not deltas:
         return "frozen layer alone, no active adapter"
     return _line(what, host, segments) if segments else f"{what}: after the frozen layer, eager"
+
+
+def _peft_line(module: PeftLinear) -> str:
+    if why := module.why_not():
+        return f"PEFT's own forward: {why}"
+    segments = [module._segment(name, None) for name in module.active_adapters if name in module.lora_A]
+    return _line("LoRA of PEFT", module.get_base_layer(), segments)
 
 
 def _line(what: str, module: nn.Module, segments: list[Segment]) -> str:

@@ -4,12 +4,12 @@ are.
 """
 
 import copy
-import functools
 
 import torch
 from torch import Tensor, nn
 
 from pefast.formats import format_of
+from pefast.layers.in_place import mix_in, own_class, take_out
 from pefast.layers.lowrank import LowRank
 from pefast.layers.router import Router
 from pefast.ops.delta_linear import delta_linear
@@ -84,17 +84,10 @@ def row_mask(rows: Tensor, index: int, like: Tensor) -> Tensor:
     return (rows == index).to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
-@functools.cache
-def _hosting(cls: type) -> type:
-    return type(
-        f"Delta{cls.__name__}", (DeltaHost, cls), {"__doc__": f"{cls.__name__} with deltas beside it."}
-    )
-
-
 def host(linear: nn.Module, router: Router) -> None:
     """Makes a linear layer a host, in place. Its own parameters stay what they are."""
     if not isinstance(linear, DeltaHost):
-        linear.__class__ = _hosting(type(linear))
+        mix_in(linear, DeltaHost, "Delta")
         linear.deltas, linear.router, linear.merged, linear.unmerged = nn.ModuleDict(), router, (), None
 
 
@@ -112,7 +105,7 @@ def drop_deltas(linear: DeltaHost, name: str) -> None:
         del linear.deltas[name]
     if not linear.deltas:
         del linear.deltas, linear.router, linear.merged, linear.unmerged
-        linear.__class__ = type(linear).__mro__[2]
+        take_out(linear, DeltaHost)
 
 
 @torch.no_grad()
@@ -157,17 +150,10 @@ class HeadHost(nn.Module):
         return y
 
 
-@functools.cache
-def _heading(cls: type) -> type:
-    return type(
-        f"Head{cls.__name__}", (HeadHost, cls), {"__doc__": f"{cls.__name__} with a copy for each adapter."}
-    )
-
-
 def add_head(head: nn.Module, router: Router, name: str, copy: nn.Module) -> None:
     """Gives a task head a trained copy for this adapter; the head becomes a host if it is none."""
     if not isinstance(head, HeadHost):
-        head.__class__ = _heading(type(head))
+        mix_in(head, HeadHost, "Head")
         head.copies, head.router = nn.ModuleDict(), router
     head.copies[name] = copy
 
@@ -176,7 +162,7 @@ def head_copy(head: nn.Module) -> nn.Module:
     """A deep copy of a head as it is without any adapter."""
     if isinstance(head, HeadHost):
         bare = copy.copy(head)
-        bare.__class__ = type(head).__mro__[2]
+        bare.__class__ = own_class(head, HeadHost)
         bare.__dict__ = {key: value for key, value in head.__dict__.items() if key != "router"}
         bare._modules = {key: value for key, value in head._modules.items() if key != "copies"}
         head = bare
@@ -189,4 +175,4 @@ def drop_head(head: HeadHost, name: str) -> None:
         del head.copies[name]
     if not head.copies:
         del head.copies, head.router
-        head.__class__ = type(head).__mro__[2]
+        take_out(head, HeadHost)

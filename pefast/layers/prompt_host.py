@@ -125,9 +125,7 @@ def _check_length(module: nn.Module, length: int) -> None:
         module, "wpe", None
     )
     if isinstance(table, nn.Embedding) and length > table.num_embeddings:
-        raise ValueError(
-            f"Prompt: {length} positions with the prompt, the model has {table.num_embeddings}"
-        )
+        raise ValueError(f"Prompt: {length} positions with the prompt, the model has {table.num_embeddings}")
 
 
 def add_prompt(body: nn.Module, router: Router, name: str, prompt: PromptTokens, first: int) -> None:

@@ -1,0 +1,114 @@
+"""accelerate: the same numbers, names and switches, computed by pefast; all of it can be taken out again."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import pefast
+from pefast.layers.on_peft import PeftLinear
+
+peft = pytest.importorskip("peft")
+
+
+def bert(dtype=torch.float32):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    config = transformers.BertConfig(**sizes, vocab_size=100, max_position_embeddings=64)
+    return transformers.BertForSequenceClassification(config).to(dtype).eval()
+
+
+def wrapped(dtype=torch.float32, **options):
+    """A PEFT model with two adapters whose b is not zero."""
+    settings = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    model = peft.get_peft_model(bert(dtype), peft.LoraConfig(r=8, lora_alpha=16, **settings, **options))
+    model.add_adapter("other", peft.LoraConfig(r=4, use_rslora=True, **settings))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+IDS = torch.randint(3, 100, (3, 11), generator=torch.Generator().manual_seed(2))
+LABELS = torch.tensor([0, 1, 1])
+
+
+def logits(model, **options):
+    with torch.no_grad():
+        return model(input_ids=IDS, **options).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peft_keeps_its_numbers_and_switches(dtype):
+    model = wrapped(dtype)
+    fast = pefast.accelerate(copy.deepcopy(model))
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.01}
+    names = ["other", "__base__", "default"]
+    assert list(fast.state_dict()) == list(model.state_dict())
+    torch.testing.assert_close(logits(fast), logits(model), **close)
+    torch.testing.assert_close(logits(fast, adapter_names=names), logits(model, adapter_names=names), **close)
+    for each in (model, fast):
+        each.set_adapter("other")
+    torch.testing.assert_close(logits(fast), logits(model), **close)
+    with model.disable_adapter(), fast.disable_adapter():
+        assert torch.equal(logits(fast), logits(model))
+    for each in (model, fast):
+        each.merge_adapter()
+    assert torch.equal(logits(fast), logits(model))
+
+
+def test_peft_keeps_its_gradients():
+    model = wrapped()
+    fast = pefast.accelerate(copy.deepcopy(model))
+    for each in (model, fast):
+        each(input_ids=IDS, labels=LABELS).loss.backward()
+    for (name, slow), quick in zip(model.named_parameters(), fast.parameters(), strict=True):
+        assert (slow.grad is None) == (quick.grad is None), name
+        if slow.grad is not None:
+            torch.testing.assert_close(quick.grad, slow.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_dora_goes_its_own_way_and_says_so():
+    model = wrapped(use_dora=True)
+    fast = pefast.accelerate(copy.deepcopy(model))
+    assert torch.equal(logits(fast), logits(model))
+    assert "default is a Dora" in pefast.explain(fast)
+
+
+def test_explain_says_what_runs():
+    said = pefast.explain(pefast.accelerate(wrapped()))
+    assert "LoRA of PEFT: eager" in said and "dropout of 0.1 from a counter" in said
+
+
+def test_every_switch_can_be_taken_out():
+    model = wrapped()
+    before = [type(module) for module in model.modules()]
+    pefast.accelerate(pefast.accelerate(model))
+    assert any(isinstance(module, PeftLinear) for module in model.modules())
+    pefast.accelerate(model, dropout=False, peft=False)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_dropout_has_its_rate_and_is_fixed_by_the_seed():
+    model = pefast.accelerate(bert()).train()
+    x = torch.ones(1000, 64)
+    drop = model.dropout
+    torch.manual_seed(5)
+    first = drop(x)
+    torch.manual_seed(5)
+    assert torch.equal(drop(x), first) and not torch.equal(drop(x), first)
+    assert abs(float((first == 0).float().mean()) - drop.p) < 0.01
+    assert torch.equal(drop.eval()(x), x)
+
+
+def test_a_model_that_pefast_attached_to():
+    model = pefast.attach(bert(), pefast.LoRA(rank=4, dropout=0.1))
+    plain = logits(model)
+    pefast.accelerate(model)
+    assert torch.equal(logits(model), plain)
+    model.train()(input_ids=IDS, labels=LABELS).loss.backward()
+    pefast.detach(model)
+    assert torch.equal(logits(model.eval()), logits(bert()))

@@ -4,8 +4,7 @@ One Philox call gives sixteen bits each to eight columns: of counter 16·(col //
 word (col % 128) // 32, and of that word half col % 2. So a tile whose first column is a multiple of 128 makes
 each number once.
 
-Shown without a GPU (tests/ladder): masks and values against a Philox in Python, in the interpreter of triton
-3.6.0 and 3.7.1; machine code for sm_80 and sm_90 passes the resource gate. Not yet run or timed on a GPU.
+Shown without a GPU: masks and values as kernels/delta_linear.py says. Not yet run or timed on one.
 """
 
 import torch

@@ -3,7 +3,7 @@
     python tests/ladder/compile_gate.py [--targets sm80,sm90] [--full]
 
 The hands' own launchers run on tensors of device "meta" at the shapes of real layers. A driver that answers
-"which GPU is here?" and nothing else stands in for the missing one, and every launch compiles just as it would
+"which GPU is here?" and nothing else stands in for the missing one; every launch compiles just as it would
 there (divisibility by 16, numbers equal to 1, dtypes) and is not carried out. The machine code then tells
 registers, spills, shared memory and tensor-core instructions. Exit status 1 if a kernel is rejected.
 """

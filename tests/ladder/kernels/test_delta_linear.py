@@ -31,6 +31,13 @@ def test_every_choice_of_tiles(device, m):
     check(hand, inputs, 0.3, device)
 
 
+@pytest.mark.parametrize("rank", [8, 100, 128])
+def test_ranks_that_16_bits_take(device, rank):
+    inputs = make_inputs("ragged", torch.bfloat16)
+    inputs["a"], inputs["b"] = torch.randn(rank, 129) / 11, torch.randn(65, rank) / 11
+    check(hand, inputs, 0.3, device)
+
+
 def test_many_strips_of_rows_and_tiles_in_groups(device):
     inputs = {
         "x": torch.randn(1300, 40),

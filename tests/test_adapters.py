@@ -129,6 +129,22 @@ def test_adapters_leave_one_by_one(family):
     assert_as_it_was(model, before)
 
 
+def test_a_frozen_adapter_stays_frozen(tmp_path):
+    folder = pefast.save(put(build("bert"), "one"), tmp_path / "one")
+    model = pefast.load(build("bert"), folder, "still", trainable=False)
+    put(model, "two")
+    for names in ("still", ["still", "two"]):
+        pefast.activate(model, names)
+        assert not [name for name in trained(model) if ".still." in name]
+    assert any(".two." in name for name in trained(model))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="does not fit"):
+        pefast.load(model, pefast.save(put(build("llama"), "one"), tmp_path / "other"))
+    assert_as_it_was(model, before)
+    pefast.detach(model, "still")
+    assert trained(pefast.load(model, folder, "still"))
+
+
 def test_a_merged_adapter_leaves_and_the_other_stays():
     model, fed = with_all("llama"), inputs("llama")
     pefast.activate(model, "one")

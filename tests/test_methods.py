@@ -172,17 +172,22 @@ def test_it_survives_save_and_load(family, case, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "case"), pairs(("bert", "llama"), ("hybrid",)))
-def test_it_compiles_in_one_graph(family, case):
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_it_compiles_in_one_graph(family, recwarn):
     torch.compiler.reset()
-    model, fed = attached(family, case).train(), inputs(family)
+    model, fed = stir(pefast.attach(build(family), DROPPING["hybrid"])).train(), inputs(family)
+    torch.manual_seed(7)
     loss, gradients = step(model, fed)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(7)
     got = compiled(**fed).logits.float().square().mean()
     assert_close(got.detach(), loss)
     found = torch.autograd.grad(got, list(trained(model).values()))
     for gradient, right in zip(found, gradients.values(), strict=True):
         assert_close(gradient, right)
+    # another seed, another mask: the graph holds none
+    assert not torch.equal(compiled(**fed).logits.float().square().mean(), got)
+    assert not [str(each.message) for each in recwarn if "pefast" in str(each.message)]
 
 
 def plain_formula(monkeypatch):
@@ -214,6 +219,7 @@ def test_it_works_in_bf16_and_under_autocast(family, case, autocast, monkeypatch
 
 @pytest.mark.parametrize(("family", "case"), pairs(cases=tuple(DROPPING), table=DROPPING))
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_gradient_checkpointing_changes_nothing(family, case, reentrant):
     model, fed = stir(pefast.attach(build(family), DROPPING[case])).train(), inputs(family)
     torch.manual_seed(5)
@@ -245,6 +251,18 @@ def test_generate_and_its_cache(family, case):
     assert torch.equal(cached.sequences, plain.sequences)
     for got, right in zip(cached.logits, plain.logits, strict=True):
         assert_close(got, right)
+
+    # the second row without its padding, and beams
+    second = {key: value[1:2, 3:] for key, value in fed.items()}
+    assert torch.equal(new(model, second, **options), new(model, fed, **options)[1:2])
+    beams = [new(model, fed, **options, num_beams=2, use_cache=use) for use in (True, False)]
+    assert torch.equal(*beams)
+
+
+def new(model, fed, **options) -> torch.Tensor:
+    """The tokens that generate adds."""
+    sequences = model.generate(**fed, **options).sequences
+    return sequences if model.config.model_type == "t5" else sequences[:, fed["input_ids"].shape[1] :]
 
 
 def hidden(model, fed) -> torch.Tensor:

@@ -19,7 +19,7 @@ FLOORS = (
     ("cli",),
     ("training", "doctor", "recipe", "progress"),
     ("tasks",),
-    ("checkpoint", "report"),
+    ("checkpoint", "report", "acceleration"),
     ("model",),
     ("methods",),
     ("architectures", "layers"),

@@ -160,7 +160,10 @@ def test_detach_while_merged_gives_the_base_model_back():
 def test_it_survives_save_and_load(family, case, tmp_path):
     model, fed = attached(family, case), inputs(family)
     folder = pefast.save(model, tmp_path / "adapter")
+    drawn = torch.get_rng_state()
     fresh = pefast.load(build(family), folder)
+    # a training that goes on from a folder sees the numbers that it would have seen
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert torch.equal(logits(fresh, **fed), logits(model, **fed))
     assert list(trained(fresh)) == list(trained(model))
 

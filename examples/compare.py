@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pefast import recipe, training
-from pefast.progress import Meter, Watcher
+from pefast.progress import Watcher
 
 RECIPE = Path(__file__).parent / "recipes" / "movie_reviews.yaml"
 ADAPTERS = {"method": "adapter", "size": 24}
@@ -34,9 +34,8 @@ def one(way: str, common: dict) -> tuple[str, ...]:
     run = training.prepare(recipe.read(RECIPE, common | WAYS[way]))
     training.attach(run)
     count, _ = training.trainable(run.model)
-    meter = Meter()
     console.print(f"{way}: {count:,} parameters train")
-    fitted = training.fit(run, Watcher(meter, console), meter)
+    fitted = training.fit(run, Watcher(console))
     _, scores = training.score(run)
     speed = fitted["steps"] / fitted["seconds"]
     return way, f"{count:,}", f"{scores['accuracy']:.3f}", f"{scores['macro_f1']:.3f}", f"{speed:.1f}"

@@ -14,7 +14,7 @@ from rich.table import Table
 
 import pefast
 from pefast import recipe, training
-from pefast.progress import Meter, Watcher
+from pefast.progress import Watcher
 
 RECIPE = Path(__file__).parent / "recipes" / "movie_reviews.yaml"
 SENTENCES = (
@@ -38,8 +38,7 @@ def learn(changes: dict) -> tuple[training.Run, dict]:
     say(f"{len(run.train):,} reviews to learn from, {len(run.test):,} held out")
     say(f"{count:,} of {total:,} parameters train: adapters, prompt tokens and head; the rest is frozen")
     _, before = training.score(run)
-    meter = Meter()
-    fitted = training.fit(run, Watcher(meter, console), meter)
+    fitted = training.fit(run, Watcher(console))
     logits, after = training.score(run)
     folder = training.store(run, after | {"before": before} | fitted)
     size = sum(file.stat().st_size for file in (folder / training.ADAPTER).rglob("*") if file.is_file())

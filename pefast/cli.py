@@ -66,7 +66,7 @@ def train(
             raise ValueError("recipe.methods: none came, so there would be no adapter to save")
 
         from . import training
-        from .progress import Meter, Watcher
+        from .progress import Watcher
 
         run = training.prepare(wanted)
         training.attach(run)
@@ -76,8 +76,7 @@ def train(
             f"{count:,} of {total:,} parameters train"
         )
         before = training.score(run)[1]
-        meter = Meter()
-        fitted = training.fit(run, Watcher(meter, console), meter)
+        fitted = training.fit(run, Watcher(console))
         after = training.score(run)[1]
         folder = training.store(
             run, after | {"before": before} | fitted | {"trainable": count, "parameters": total}

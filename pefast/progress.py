@@ -39,9 +39,10 @@ class Watcher(TrainerCallback):
     Raises FloatingPointError when the loss is no longer a number: further steps would only spend time.
     """
 
-    def __init__(self, meter: Meter, console: Console | None = None):
-        self.meter, self.console = meter, console or Console()
+    def __init__(self, console: Console | None = None):
+        self.meter, self.console = Meter(), console or Console()
         self.times: deque[float] = deque(maxlen=WINDOW)
+        self.bar: Progress | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Draws the empty bar."""
@@ -63,7 +64,7 @@ class Watcher(TrainerCallback):
         """Moves the bar; reads the meter only when the text is drawn anew."""
         self.times.append(time.perf_counter())
         drawn = state.global_step % 4 == 0 or state.global_step == state.max_steps
-        if self.console.is_terminal:
+        if self.bar is not None:
             if drawn:
                 self.bar.update(
                     self.line, completed=state.global_step, numbers=self._numbers(state.global_step)
@@ -73,16 +74,14 @@ class Watcher(TrainerCallback):
                 f"training {state.global_step}/{state.max_steps}  {self._numbers(state.global_step)}"
             )
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """Leaves the full bar on the screen."""
-        if self.console.is_terminal:
+    def close(self) -> None:
+        """Leaves the bar on the screen as it is and gives the cursor back; also after an interrupted run."""
+        if self.bar is not None:
             self.bar.stop()
 
     def _numbers(self, step: int) -> str:
         loss, accuracy = self.meter.read()
         if not math.isfinite(loss):
-            if self.console.is_terminal:
-                self.bar.stop()
             raise FloatingPointError(
                 f"training: the loss is {loss} at step {step}; a smaller training.lr may help"
             )

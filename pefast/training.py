@@ -15,13 +15,13 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 import pefast
 
 from . import recipe as recipes
 from . import tasks
-from .progress import Meter
+from .progress import Meter, Watcher
 from .recipe import Recipe, Training
 from .tasks import carried, rows
 from .tasks.rows import Row
@@ -96,7 +96,7 @@ def restore(folder: str | Path, with_rows: bool = True) -> Run:
     return run
 
 
-def fit(run: Run, watcher: TrainerCallback, meter: Meter) -> dict[str, float]:
+def fit(run: Run, watcher: Watcher) -> dict[str, float]:
     """Trains what is trainable; returns steps, seconds and the last steps' loss and accuracy."""
     wanted = run.recipe.training
     transformers.set_seed(wanted.seed)
@@ -109,13 +109,16 @@ def fit(run: Run, watcher: TrainerCallback, meter: Meter) -> dict[str, float]:
             train_dataset=run.task.encode(run.train, run.tokenizer, run.names, wanted.max_length),
             processing_class=run.tokenizer,
             callbacks=[watcher],
-            meter=meter,
+            meter=watcher.meter,
             hits=run.task.hits,
         )
         trainer.remove_callback(transformers.PrinterCallback)
         start = time.perf_counter()
-        trainer.train()
-    loss, accuracy = meter.read()
+        try:
+            trainer.train()
+        finally:
+            watcher.close()
+    loss, accuracy = watcher.meter.read()
     seconds = time.perf_counter() - start
     return {"steps": trainer.state.global_step, "seconds": seconds, "loss": loss, "train_accuracy": accuracy}
 

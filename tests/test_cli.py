@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from pefast import doctor, native, recipe, training
 from pefast.cli import app
-from pefast.progress import Meter, Watcher
+from pefast.progress import Watcher
 
 GOOD, BAD = "good great warm fine lovely".split(), "bad dull cold poor awful".split()
 FILLER = "the a film story cast it was".split()
@@ -91,8 +91,7 @@ def test_two_trainings_give_the_same_bits(folder):
         changes = {"output": f"{folder}/{name}", "training.max_steps": 3}
         run = training.prepare(recipe.read(folder / "recipe.yaml", changes))
         training.attach(run)
-        meter = Meter()
-        training.fit(run, Watcher(meter), meter)
+        training.fit(run, Watcher())
         logits.append(training.score(run)[0])
     assert torch.equal(*logits)
 

@@ -94,6 +94,12 @@ def test_a_prompt_that_makes_the_input_too_long():
     assert logits(model, **inputs("bert", length=43)).isfinite().all()
 
 
+def test_a_prompt_beside_a_mask_of_four_dimensions():
+    model, fed = pefast.attach(build("llama"), Prompt(tokens=2)), inputs("llama")
+    fed["attention_mask"] = torch.zeros(3, 1, 9, 9)
+    assert_refused(lambda: logits(model, **fed), "Prompt: ", "4 dimensions", "[batch, length]")
+
+
 STATE = {
     "detach, nothing attached": (
         lambda m: pefast.detach(m),

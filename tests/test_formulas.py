@@ -152,6 +152,36 @@ def test_a_prompt_before_a_head_over_tokens(head):
         assert_close(out.loss, sum(right) / 2)
 
 
+def test_a_prompt_takes_embeddings_and_arguments_by_position():
+    model, fed = stir(pefast.attach(build("llama"), pefast.Prompt(tokens=3))), inputs("llama")
+    right = logits(model, **fed)
+    ids, mask = fed.values()
+    assert torch.equal(
+        logits(model, inputs_embeds=model.get_input_embeddings()(ids), attention_mask=mask), right
+    )
+    with torch.no_grad():
+        states = model.model(ids, mask)[0]
+    assert torch.equal(model.lm_head(states).detach(), right)
+
+
+def test_a_forward_that_failed_leaves_nothing_behind():
+    methods = [pefast.Prompt(tokens=3), pefast.Adapter(size=4)]
+    model, fed = stir(pefast.attach(build("llama"), methods)), inputs("llama")
+    right = logits(model, **fed)
+
+    def fails(module, args):
+        raise MemoryError("in the middle")
+
+    handle = model.model.layers[1].mlp.up_proj.register_forward_pre_hook(fails)
+    with pytest.raises(MemoryError):
+        logits(model, **fed)
+    handle.remove()
+    pefast.activate(model, None)
+    assert torch.equal(logits(model, **fed), logits(build("llama"), **fed))
+    pefast.activate(model, "default")
+    assert torch.equal(logits(model, **fed), right)
+
+
 def test_a_prompt_from_a_text():
     class Words:
         def __call__(self, text, add_special_tokens):

@@ -170,6 +170,44 @@ def test_merged_computes_the_same(dtype):
     assert_close(linear(x), layer(x), 2 * step if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_that_somebody_writes_to_counts_at_once(dtype):
+    layer, x = fused(dtype=dtype, alpha=3), torch.randn(40, K).to(dtype)
+    other = nn.Linear(K, N, dtype=dtype)
+    layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(-1.5)
+    assert_formula(layer, x)
+    layer.load_state_dict(other.state_dict())
+    assert_formula(layer, x)
+    layer.weight = nn.Parameter(torch.randn(N, K).to(dtype), requires_grad=False)
+    assert_formula(layer, x)
+    layer.weight.data = torch.randn(N, K).to(dtype)
+    assert_formula(layer, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_new_weight_at_an_old_address_is_a_new_weight(dtype):
+    x, addresses = torch.randn(40, K).to(dtype), set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        layer = stir(pefast.FusedLoRALinear(K, N, rank=R, dtype=dtype))
+        addresses.add(layer.weight.data_ptr())
+        assert_formula(layer, x)
+    assert len(addresses) < 8, "the allocator gave no address twice, so nothing was tried"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inference_mode(dtype):
+    layer, x = fused(dtype=dtype), torch.randn(40, K).to(dtype)
+    right = layer(x).detach()
+    with torch.inference_mode():
+        assert torch.equal(layer(x), right)
+        inside, given = fused(dtype=dtype), torch.randn(40, K).to(dtype)
+        assert_close(inside(given), formula(inside, given), 2**-6 if dtype == torch.bfloat16 else 1e-5)
+    assert torch.equal(layer(x).detach(), right)
+
+
 def test_merged_without_bias():
     assert fused(bias=False).merged().bias is None
 

@@ -36,7 +36,13 @@ LoRA, Adapter, Prompt = pefast.LoRA, pefast.Adapter, pefast.Prompt
 CASES = {
     "lora": [LoRA(rank=4, alpha=6)],
     "lora of ranks": [
-        LoRA(rank=4, rslora=True, targets=["query", "q_proj", "c_attn", "q"], ranks={"0.*": 2})
+        LoRA(
+            rank=4,
+            rslora=True,
+            targets=["query", "q_proj", "c_attn", "q"],
+            ranks={"0.*": 2},
+            alphas={"1.*": 3},
+        )
     ],
     "adapter parallel": [Adapter(size=6, scale=1.5)],
     "adapter serial": [Adapter(size=6, parallel=False, activation="gelu")],
@@ -172,6 +178,14 @@ def test_it_survives_save_and_load(family, case, tmp_path):
     assert not trained(other)
     pefast.save(other, folder)
     assert torch.equal(logits(pefast.load(build(family), folder), **fed), logits(model, **fed))
+
+
+@every_pair
+def test_its_state_dict_goes_to_another_model_with_the_same_methods(family, case):
+    model, fed = attached(family, case), inputs(family)
+    other = pefast.attach(build(family), CASES[case])
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(logits(other, **fed), logits(model, **fed))
 
 
 @pytest.mark.slow

@@ -34,6 +34,8 @@ class PromptHooks:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict):
         """Pre-hook: embeddings, mask, token types and positions with the prompt in them."""
+        # a forward that failed did not come to `after`
+        self.out = None
         prompts = [module.prompts[name].embeddings for name, _ in self.router.turns if name in module.prompts]
         if not prompts:
             return None

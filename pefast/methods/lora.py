@@ -95,8 +95,8 @@ class LoRA:
             "bias": "none",
             "fan_in_fan_out": any(format_of(host).transposed(host) for host in hosts.values()),
             "target_modules": sorted(hosts),
-            "rank_pattern": dict(self.ranks or {}),
-            "alpha_pattern": alphas,
+            "rank_pattern": _in_any_order(self.ranks or {}, hosts),
+            "alpha_pattern": _in_any_order(alphas, hosts),
             "init_lora_weights": True,
         }
 
@@ -133,6 +133,15 @@ class LoRA:
             ranks=config.get("rank_pattern") or None,
             alphas=config.get("alpha_pattern") or None,
         )
+
+
+def _in_any_order(pattern: dict, paths) -> dict:
+    """A pattern that means the same after its keys were sorted, which is how PEFT and pefast write them."""
+    ordered = dict(sorted(pattern.items()))
+    values = {path: _for_path(pattern, path, None) for path in paths}
+    if all(_for_path(ordered, path, None) == value for path, value in values.items()):
+        return pattern
+    return {path: value for path, value in values.items() if value is not None}
 
 
 def _for_path(pattern: dict | None, path: str, otherwise):

@@ -93,7 +93,9 @@ def test_a_context_reaches_other_threads():
 def test_the_table_of_each_operation(name):
     operation = OPS[name]
     assert operation.name == name and operation.backends == tuple(operation.hands)
-    assert {"eager", "native", "triton"} <= set(operation.backends)
+    hands = {"eager", "native", "triton"}
+    assert "eager" in operation.backends and set(operation.backends) <= hands
+    assert name not in ("dropout", "delta_linear") or set(operation.backends) == hands
     for module in operation.hands.values():
         assert callable(module.refuse) and callable(module.forward)
 

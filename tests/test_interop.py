@@ -17,7 +17,10 @@ from pefast.model import parameters_of
 from tests.models import assert_close, build, inputs, logits, step, stir, trained
 
 # PEFT warns that it flips fan_in_fan_out for Conv1D, and that it does not know pefast's own config keys
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+]
 
 CHECKPOINTS = {
     "bert with head": ("bert", {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}),

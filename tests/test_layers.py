@@ -188,13 +188,13 @@ def test_a_weight_that_somebody_writes_to_counts_at_once(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_new_weight_at_an_old_address_is_a_new_weight(dtype):
-    x, addresses = torch.randn(40, K).to(dtype), set()
-    for seed in range(8):
-        torch.manual_seed(seed)
-        layer = stir(pefast.FusedLoRALinear(K, N, rank=R, dtype=dtype))
-        addresses.add(layer.weight.data_ptr())
+    memory, x = bytearray(N * K * dtype.itemsize), torch.randn(40, K).to(dtype)
+    for seed in range(3):
+        layer = fused(dtype=dtype)
+        weight = torch.frombuffer(memory, dtype=dtype).view(N, K)
+        weight.copy_(torch.randn(N, K, generator=torch.Generator().manual_seed(seed)))
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         assert_formula(layer, x)
-    assert len(addresses) < 8, "the allocator gave no address twice, so nothing was tried"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

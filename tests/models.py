@@ -128,6 +128,7 @@ def saved_bytes(run: Callable[[], object], module: nn.Module) -> int:
 
 def assert_close(got: Tensor, right: Tensor, relative: float = 1e-5) -> None:
     """Fails unless the largest difference is at most `relative` of the largest value."""
+    got, right = got.detach(), right.detach()
     assert got.shape == right.shape, f"{tuple(got.shape)}, not {tuple(right.shape)}"
     difference, size = float((got - right).abs().max()), float(right.abs().max())
     assert difference <= relative * size, f"differs by {difference:.3g} where the largest value is {size:.3g}"

@@ -19,7 +19,7 @@ def test_attach_train_save_load_merge_detach(tmp_path):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
 
     pefast.save(model, tmp_path / "adapter")

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from pefast.dispatch import Operation
 from pefast.eager import prefix_attention as eager
+from pefast.native import prefix_attention as native_hand
 from pefast.ops import dropout as dropout_op
 
 
@@ -197,4 +198,4 @@ def _check_prefix(q, k, prefix_k, prefix_v) -> None:
         )
 
 
-OP = Operation("prefix_attention", {"eager": eager})
+OP = Operation("prefix_attention", {"native": native_hand, "eager": eager})

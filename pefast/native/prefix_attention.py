@@ -1,0 +1,146 @@
+"""prefix_attention by csrc/cpu/attention*: bf16 on AMX. Formula: pefast/ops/prefix_attention.py.
+
+Forward keeps o and the logsumexp of each row; backward computes the weights from it again.
+"""
+
+import torch
+from torch import Tensor
+
+from pefast.native import WHY_NOT, C, through_the_registry
+
+_HERE = C is not None and C.attention_here()
+_NOWHERE = (0, 0, 0, 0)
+
+
+def refuse(call) -> str:
+    """Why csrc cannot run this call, or ""."""
+    if not _HERE:
+        return WHY_NOT if C is None else "needs a processor with AMX tiles for bfloat16, which this one lacks"
+    if not call.q.is_cpu:
+        return f"needs a CPU, q is on {call.q.device}"
+    if call.q.dtype is not torch.bfloat16:
+        return f"takes bfloat16, q is {str(call.q.dtype).removeprefix('torch.')}"
+    if not call.scale > 0:
+        return f"takes a scale above 0, it is {call.scale}"
+    return ""
+
+
+def forward(call) -> tuple[Tensor, Tensor]:
+    """o [B, H, L, D] and, for backward, the logsumexp of each row [B, H, L]."""
+    run = torch.ops.pefast.prefix_attention if through_the_registry(call.q) else _forward
+    return run(*call[:10])
+
+
+def backward(call, o: Tensor, lse: Tensor, do: Tensor, needs) -> tuple[Tensor | None, ...]:
+    """dq, dk, dv, dprefix_k and dprefix_v; None for what is not needed."""
+    run = torch.ops.pefast.prefix_attention_backward if through_the_registry(do) else _backward
+    found = run(do, o, lse, *call[:10], *needs)
+    return tuple(t if need else None for t, need in zip(found, needs, strict=True))
+
+
+def _forward(q, k, v, prefix_k, prefix_v, mask, causal, scale, p, seed):
+    _check_here()
+    o, lse = _room(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    tensors = _plain(q, k, v, prefix_k, prefix_v)
+    sizes = _sizes(*tensors)
+    if not q.numel() or not sizes[4] + sizes[5]:
+        return o.zero_(), lse.zero_()
+    mask = _bytes(mask)
+    given = (sizes, [_place(t) for t in tensors], _mask_place(mask), causal, scale, p)
+    C.attention_forward(*given, _address(seed), _place(o), lse.data_ptr(), torch.get_num_threads())
+    return o, lse
+
+
+def _backward(do, o, lse, q, k, v, prefix_k, prefix_v, mask, causal, scale, p, seed, *needs):
+    _check_here()
+    tensors = _plain(q, k, v, prefix_k, prefix_v)
+    sizes = _sizes(*tensors)
+    results = _results(q, k, v, prefix_k, prefix_v, needs)
+    if not q.numel() or not sizes[4] + sizes[5]:
+        return tuple(t.zero_() for t in results)
+    mask, do, o = _bytes(mask), _row(do), _row(o)
+    given = (sizes, [_place(t) for t in tensors], _mask_place(mask), causal, scale, p)
+    there = [_place(t) if need else _NOWHERE for t, need in zip(results, needs, strict=True)]
+    beside = (_place(o), _place(do), lse.data_ptr(), there)
+    C.attention_backward(*given, _address(seed), *beside, torch.get_num_threads())
+    return results
+
+
+def _check_here() -> None:
+    if not _HERE:
+        raise RuntimeError(f"prefix_attention: the native kernel cannot run: {WHY_NOT or 'it needs AMX'}")
+
+
+def _room(t: Tensor) -> Tensor:
+    """As t in shape and, where the numbers of a row are neighbours, in layout."""
+    return torch.empty_like(t) if t.stride(-1) == 1 else t.new_empty(t.shape)
+
+
+def _results(q, k, v, prefix_k, prefix_v, needs) -> tuple[Tensor, ...]:
+    """Room for the gradients, in the layout of their tensors; an empty tensor for what is not needed."""
+    pairs = zip((q, k, v, prefix_k, prefix_v), needs, strict=True)
+    return tuple(_room(t) if need else q.new_empty(0) for t, need in pairs)
+
+
+def _plain(q, k, v, prefix_k, prefix_v) -> tuple[Tensor | None, ...]:
+    """The tensors as csrc reads them: the numbers of a row are neighbours, a batch of prefixes lies apart."""
+    if prefix_k is not None and prefix_k.dim() == 4:
+        prefix_k, prefix_v = prefix_k.contiguous(), prefix_v.contiguous()
+    return _row(q), _row(k), _row(v), _row(prefix_k), _row(prefix_v)
+
+
+def _row(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.stride(3) == 1 or mask.shape[3] == 1 else mask.contiguous()
+
+
+def _sizes(q, k, v, prefix_k, prefix_v) -> tuple[int, ...]:
+    (b, h, l, d), (g, s) = q.shape, k.shape[1:3]
+    return b, h, g, l, s, 0 if prefix_k is None else prefix_k.shape[-2], d
+
+
+def _place(t: Tensor | None) -> tuple[int, int, int, int]:
+    """Address and strides; a batch stride of 0 where all rows of the batch share it."""
+    if t is None:
+        return _NOWHERE
+    *outer, _ = t.stride()
+    return (t.data_ptr(), *outer) if len(outer) == 3 else (t.data_ptr(), 0, *outer)
+
+
+def _mask_place(mask: Tensor | None) -> tuple[int, int, int]:
+    if mask is None:
+        return 0, 0, 0
+    stride_b, _, stride_l, _ = mask.stride()
+    return mask.data_ptr(), stride_b if mask.shape[0] > 1 else 0, stride_l if mask.shape[2] > 1 else 0
+
+
+def _address(seed: Tensor | None) -> int:
+    return 0 if seed is None else seed.data_ptr()
+
+
+_LIBRARY = torch.library.Library("pefast", "FRAGMENT")
+_GIVEN = (
+    "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? mask, bool causal,"
+    " float scale, float p, Tensor? seed"
+)
+_NEEDS = "bool need_q, bool need_k, bool need_v, bool need_prefix_k, bool need_prefix_v"
+_LIBRARY.define(f"prefix_attention({_GIVEN}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"prefix_attention_backward(Tensor do, Tensor o, Tensor lse, {_GIVEN}, {_NEEDS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("prefix_attention", _forward, "CPU")
+_LIBRARY.impl("prefix_attention_backward", _backward, "CPU")
+
+
+@torch.library.register_fake("pefast::prefix_attention", lib=_LIBRARY)
+def _(q, k, v, prefix_k, prefix_v, mask, causal, scale, p, seed):
+    return _room(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("pefast::prefix_attention_backward", lib=_LIBRARY)
+def _(do, o, lse, q, k, v, prefix_k, prefix_v, mask, causal, scale, p, seed, *needs):
+    return _results(q, k, v, prefix_k, prefix_v, needs)

@@ -1,4 +1,4 @@
-#include "delta_linear_amx.h"
+#include "delta_linear_beside.h"
 
 namespace pefast {
 
@@ -6,7 +6,8 @@ using namespace amx;
 
 namespace {
 
-constexpr int64_t PANEL_BYTES = 1 << 20, PANEL_ROWS = 512;
+// as in the forward pass; the rows of x are fetched early where they take no more than EARLY_BYTES
+constexpr int64_t PANEL_BYTES = 1 << 20, PANEL_ROWS = 256, EARLY_BYTES = 1 << 19;
 // da and db are summed over blocks of rows, then over blocks: the order depends on the shape alone
 constexpr int64_t BLOCK_ROWS = 512, BLOCKS = 8;
 
@@ -53,13 +54,12 @@ class Backward {
     void run(Team team) {
         pack(team);
         team.wait();
-        const Team one = {0, 1};
-        if (alone) {
-            for (int64_t i = team.rank; i < blocks; i += team.size)
-                block(i, one, slots[team.rank], owns[team.rank]);
-        } else {
-            for (int64_t i = 0; i < blocks; ++i) block(i, team, slots[0], owns[team.rank]);
-        }
+        Beside beside;
+        const Team us = alone ? Team{0, 1} : team;
+        const int64_t stride = alone ? team.size : 1;
+        Slot& slot = slots[alone ? team.rank : 0];
+        for (Panel p = first_panel(alone ? team.rank : 0); p.rows; p = after(p, stride))
+            panel(p, us, slot, owns[team.rank], beside);
         team.wait();
         if (g.da) finish_da(team);
         if (g.db) finish_db(team);
@@ -81,9 +81,23 @@ class Backward {
         bf16* strip;    // [height, 32]  rows of x̂ or dy in pairs
     };
     struct Panel {
-        int64_t begin, rows;
-        bool first;  // of its block
+        int64_t block, begin, rows;  // no rows: there is no such panel
+        bool first;                  // of its block
     };
+
+    int64_t end_of(int64_t block) const { return std::min((block + 1) * block_rows, g.M); }
+
+    Panel first_panel(int64_t block) const {
+        const int64_t begin = std::min(block * block_rows, g.M);
+        return {block, begin, std::min(height, end_of(block) - begin), true};
+    }
+
+    // the panel after p for a thread that takes every stride-th block
+    Panel after(const Panel& p, int64_t stride) const {
+        const int64_t begin = p.begin + p.rows;
+        if (begin == end_of(p.block)) return first_panel(p.block + stride);
+        return {p.block, begin, std::min(height, end_of(p.block) - begin), false};
+    }
 
     void pack(Team team) {
         if (!needs_dh) return;
@@ -97,35 +111,50 @@ class Backward {
             pack_strip<Terms::along>(b, R, g.N, R, s, b_packed);
     }
 
-    void block(int64_t index, Team team, const Slot& slot, const Own& own) {
-        const int64_t begin = index * block_rows, end = std::min(begin + block_rows, g.M);
-        float *to_a = da + index * da_size, *to_b = db + index * db_size;
-        for (int64_t row = begin; row < end; row += height) {
-            const Panel p = {row, std::min(height, end - row), row == begin};
-            for (int64_t i = 32 * team.rank; i < p.rows; i += 32 * team.size) waist(p, i, slot, own);
-            team.wait();
-            const int64_t strips = parts(g.K, STRIP), wide = parts(g.N, STRIP);
-            Beside beside;
-            for (int64_t s = team.begin(strips); g.dx && s < team.end(strips); ++s)
-                columns(s, p, slot, own, beside);
-            beside.finish();
-            for (int64_t s = team.begin(strips); g.da && s < team.end(strips); ++s)
-                sum_da(s, p, slot, own, to_a);
-            for (int64_t s = team.begin(wide); g.db && s < team.end(wide); ++s) sum_db(s, p, slot, own, to_b);
-            team.wait();
-        }
+    void panel(const Panel& p, Team team, Slot& slot, const Own& own, Beside& beside) {
+        const int64_t strips = parts(g.K, STRIP), wide = parts(g.N, STRIP);
+        for (int64_t row = 32 * team.rank; row < p.rows; row += 32 * team.size)
+            waist(p, row, std::min<int64_t>(p.rows - row, 32), slot, own);
+        team.wait();
+        if (g.dx) all_columns(p, team, slot, own, beside);
+        float *to_a = da + p.block * da_size, *to_b = db + p.block * db_size;
+        for (int64_t s = team.begin(strips); g.da && s < team.end(strips); ++s) sum_da(s, p, slot, own, to_a);
+        for (int64_t s = team.begin(wide); g.db && s < team.end(wide); ++s) sum_db(s, p, slot, own, to_b);
+        team.wait();
     }
 
-    // up to 32 rows of the panel: dy, dh, the mask, and the transposes of h and dh
-    void waist(const Panel& p, int64_t i, const Slot& slot, const Own& own) {
-        const int64_t row = p.begin + i, rows = std::min<int64_t>(p.rows - i, 32);
+    // for up to 32 rows of a panel: dh, the mask, and the transposes of h and dh
+    void waist(const Panel& p, int64_t i, int64_t rows, const Slot& slot, const Own& own) {
+        const int64_t row = p.begin + i;
         bf16 *dy = slot.dy + i * lda, *dh = slot.dh + i * ldh;
         copy_rows(g.dy + row * g.lddy, g.lddy, rows, g.N, dy, lda);
         if (needs_dh) multiply_narrow({dy, lda, b_packed, steps}, rows, R, 1, own.sums, dh, ldh);
         if (g.da) transpose_rows(dh, ldh, rows, R, slot.dh_t + i, ldt);
         if (g.db) transpose_rows(g.h + row * R, R, rows, R, slot.h_t + i, ldt);
-        if (g.waist.dropout && needs_dh)
-            keep_rows(g.waist.draw, row, rows, g.K, slot.keep + i * ld_keep, ld_keep);
+        if (masked() && !beside_mask()) {
+            KeepRows mask;
+            mask.start(g.waist.draw, row, rows, g.K, slot.keep + i * ld_keep, ld_keep);
+            mask.finish(parts(g.K, 128));
+        }
+    }
+
+    bool masked() const { return g.waist.dropout && needs_dh; }
+    // whether the mask is made beside dx: then a thread needs no other's part of it
+    bool beside_mask() const { return masked() && alone && g.dx; }
+
+    // dx for the rows of a panel
+    void all_columns(const Panel& p, Team team, const Slot& slot, const Own& own, Beside& beside) {
+        const int64_t strips = parts(g.K, STRIP), begin = team.begin(strips), end = team.end(strips);
+        const int64_t bytes = g.da ? p.rows * g.ldx * 2 : 0;
+        beside.rows = Fetch(g.x + p.begin * g.ldx, bytes <= EARLY_BYTES ? bytes : 0,
+                            std::max<int64_t>(end - begin, 1) * parts(p.rows, 32) * steps);
+        if (beside_mask()) beside.keep.start(g.waist.draw, p.begin, p.rows, g.K, slot.keep, ld_keep);
+        for (int64_t s = begin; s < end; ++s) {
+            // four strips share a block of the mask; it is ready before the first of their rows is stored
+            if (beside_mask()) beside.keep.finish(s / 4 + 1);
+            columns(s, p, slot, own, beside);
+        }
+        beside.finish();
     }
 
     // 32 columns of dx for the rows of a panel
@@ -139,7 +168,8 @@ class Backward {
         if (g.waist.dropout)
             s.to.keep = slot.keep + strip, s.to.ld_keep = ld_keep, s.to.keep_scale = g.waist.keep_scale;
         s.rows = p.rows;
-        beside.fetch(w + steps * 2 * TILE, k + STRIP < g.K ? steps * 4 * TILE : 0, parts(1024, p.rows));
+        beside.strip =
+            Fetch(w + steps * 2 * TILE, k + STRIP < g.K ? steps * 4 * TILE : 0, parts(p.rows, 32) * steps);
         multiply_strip(s, own.sums, own.masked, beside);
     }
 
@@ -147,10 +177,9 @@ class Backward {
     void sum_da(int64_t strip, const Panel& p, const Slot& slot, const Own& own, float* to) {
         const int64_t k = strip * STRIP;
         const __mmask32 inside = first(g.K - k);
-        bf16* tiles = own.strip;
-        for (int64_t row = 0; row < p.rows; row += 32, tiles += 2 * TILE) {
+        sum_rows(slot.dh_t, p, g.K - k, own, to + k * padded(R, SIDE), [&](int64_t row, bf16* tiles) {
             const bf16* x = g.x + (p.begin + row) * g.ldx + k;
-            const uint32_t* keep = g.waist.dropout ? slot.keep + row * ld_keep + strip : nullptr;
+            const uint32_t* keep = masked() ? slot.keep + row * ld_keep + strip : nullptr;
             for (int64_t pair = 0; pair < 16; ++pair, x += 2 * g.ldx) {
                 const int64_t left = p.rows - row - 2 * pair;
                 const __mmask32 even = left > 0 ? inside & (keep ? keep[2 * pair * ld_keep] : ~0u) : 0;
@@ -161,26 +190,33 @@ class Backward {
                 _mm512_store_si512(tiles + pair * 32, low);
                 _mm512_store_si512(tiles + TILE + pair * 32, high);
             }
-        }
-        sum_rows(slot.dh_t, p, g.K - k, own, to + strip * STRIP * padded(R, SIDE));
+        });
     }
 
     // dbᵀ += hᵀ dy for 32 columns of dy and the rows of a panel
     void sum_db(int64_t strip, const Panel& p, const Slot& slot, const Own& own, float* to) {
         const int64_t n = strip * STRIP;
-        bf16* tiles = own.strip;
-        for (int64_t row = 0; row < p.rows; row += 32, tiles += 2 * TILE)
+        sum_rows(slot.h_t, p, g.N - n, own, to + n * padded(R, SIDE), [&](int64_t row, bf16* tiles) {
             pack_step_along(slot.dy + row * lda + n, lda, p.rows - row, STRIP, tiles);
-        sum_rows(slot.h_t, p, g.N - n, own, to + strip * STRIP * padded(R, SIDE));
+        });
     }
 
-    // to [R, 32] += waist_t times own.strip
-    void sum_rows(const bf16* waist_t, const Panel& p, int64_t columns, const Own& own, float* to) {
+    // to [R, 32] += waist_t times 32 columns of rows; pair(row, tiles) packs 32 rows of them, beside the products
+    template <class Pair>
+    void sum_rows(const bf16* waist_t, const Panel& p, int64_t columns, const Own& own, float* to,
+                  const Pair& pair) {
+        const int64_t steps = parts(p.rows, STEP);
+        // two steps ahead: a tile is not loaded from lines that were stored a moment ago
+        int64_t next = 0;
+        const auto pair_next = [&] {
+            if (next < steps) pair(next * STEP, own.strip + next * 2 * TILE), ++next;
+        };
+        pair_next(), pair_next();
         for (int64_t r = 0; r < R; r += 32)
             sized(R - r, columns, [&](auto tall, auto wide) {
                 constexpr int ROWS = decltype(tall)::value, COLUMNS = decltype(wide)::value;
                 p.first ? clear_sums<ROWS, COLUMNS>() : load_sums<ROWS, COLUMNS>(to + r * STRIP);
-                accumulate<ROWS, COLUMNS>({waist_t + r * ldt, ldt, own.strip, parts(p.rows, STEP)});
+                accumulate<ROWS, COLUMNS>({waist_t + r * ldt, ldt, own.strip, steps}, pair_next);
                 store_sums<ROWS, COLUMNS>(to + r * STRIP);
             });
     }
@@ -201,14 +237,24 @@ class Backward {
     }
 
     void finish_db(Team team) {
-        for (int64_t n = team.begin(g.N); n < team.end(g.N); ++n) {
-            const float* from = db + n / STRIP * STRIP * padded(R, SIDE) + n % STRIP;
-            for (int64_t r = 0; r < R; ++r, from += STRIP) {
-                float sum = 0;
-                for (int64_t i = 0; i < blocks; ++i) sum += from[i * db_size];
-                g.db[n * R + r] = sum * g.waist.scale;
+        const __m512 scale = _mm512_set1_ps(g.waist.scale);
+        const int64_t halves = parts(g.N, SIDE);
+        for (int64_t half = team.begin(halves); half < team.end(halves); ++half)
+            for (int64_t r = 0; r < R; r += SIDE) {
+                const float* from = db + (half / 2 * padded(R, SIDE) + r) * STRIP + half % 2 * SIDE;
+                __m512i v[16];
+                for (int64_t row = 0; row < SIDE; ++row, from += STRIP) {
+                    __m512 sum = _mm512_setzero_ps();
+                    for (int64_t i = 0; i < blocks; ++i)
+                        sum = _mm512_add_ps(sum, _mm512_loadu_ps(from + i * db_size));
+                    v[row] = _mm512_castps_si512(_mm512_mul_ps(sum, scale));
+                }
+                transpose(v);
+                const __mmask16 inside = static_cast<__mmask16>(first(std::min(R - r, SIDE)));
+                const int64_t n = half * SIDE, count = std::min(g.N - n, SIDE);
+                for (int64_t i = 0; i < count; ++i)
+                    _mm512_mask_storeu_epi32(g.db + (n + i) * R + r, inside, v[i]);
             }
-        }
     }
 
     const DeltaBackward& g;

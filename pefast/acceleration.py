@@ -4,21 +4,24 @@ from types import ModuleType
 
 from torch import nn
 
-from pefast.layers import counter_dropout, on_peft
+from pefast.layers import chunked_loss, counter_dropout, on_peft
 from pefast.layers.in_place import mix_in, take_out
 
 # switch: the file that says which modules it takes, and the class that is mixed into them
 SWITCHES: dict[str, tuple[ModuleType, type, str]] = {
     "dropout": (counter_dropout, counter_dropout.CounterDropout, "Counter"),
+    "loss": (chunked_loss, chunked_loss.ChunkedLoss, "Chunked"),
     "peft": (on_peft, on_peft.PeftLinear, "Fused"),
 }
 
 
-def accelerate(model: nn.Module, *, dropout: bool = True, peft: bool = True) -> nn.Module:
+def accelerate(model: nn.Module, *, dropout: bool = True, loss: bool = True, peft: bool = True) -> nn.Module:
     """Lets a model compute through pefast's kernels where it can, in place; returns the model.
 
     dropout   every nn.Dropout makes its mask from a counter: the same rates, another mask; the seed comes
               from torch's generator, so torch.manual_seed still fixes a run
+    loss      in training, a causal language model with a frozen output embedding and labels computes
+              the loss some rows at a time and returns it without logits
     peft      LoRA layers that Hugging Face PEFT made: frozen product and adapters in one call. State dicts,
               saving, set_adapter, disable_adapter, adapter_names, merging and the Trainer stay as they are;
               DoRA, lora_bias and merged layers go PEFT's own way
@@ -26,7 +29,7 @@ def accelerate(model: nn.Module, *, dropout: bool = True, peft: bool = True) -> 
     A switch that is False takes its part out again. Weights and names never change; `pefast.explain` lists
     what runs how. Models that pefast.attach made compute their deltas through pefast already.
     """
-    for name, on in (("dropout", dropout), ("peft", peft)):
+    for name, on in (("dropout", dropout), ("loss", loss), ("peft", peft)):
         rule, mixin, prefix = SWITCHES[name]
         for module in list(model.modules()):
             if isinstance(module, mixin):

@@ -5,6 +5,7 @@ from torch import nn
 
 from pefast import dispatch
 from pefast.formats import format_of
+from pefast.layers.chunked_loss import ChunkedLoss
 from pefast.layers.counter_dropout import CounterDropout
 from pefast.layers.fused_lora import FusedLoRALinear
 from pefast.layers.hosts import After, DeltaHost
@@ -36,6 +37,10 @@ def explain(model: nn.Module) -> str:
             lines.setdefault(_host_line(module, deltas), []).append(path)
         elif isinstance(module, PeftLinear):
             lines.setdefault(_peft_line(module), []).append(path)
+        elif isinstance(module, ChunkedLoss):
+            lines.setdefault("loss in chunks while training, without logits", []).append(
+                path or "(the model)"
+            )
         elif isinstance(module, CounterDropout):
             lines.setdefault(f"dropout of {module.p:g} from a counter", []).append(path)
     if not lines:

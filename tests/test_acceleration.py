@@ -9,6 +9,7 @@ from torch import nn
 
 import pefast
 from pefast.layers.on_peft import PeftLinear
+from tests.models import build
 
 peft = pytest.importorskip("peft")
 
@@ -88,7 +89,7 @@ def test_every_switch_can_be_taken_out():
     before = [type(module) for module in model.modules()]
     pefast.accelerate(pefast.accelerate(model))
     assert any(isinstance(module, PeftLinear) for module in model.modules())
-    pefast.accelerate(model, dropout=False, peft=False)
+    pefast.accelerate(model, dropout=False, loss=False, peft=False)
     assert [type(module) for module in model.modules()] == before
 
 
@@ -102,6 +103,37 @@ def test_dropout_has_its_rate_and_is_fixed_by_the_seed():
     assert torch.equal(drop(x), first) and not torch.equal(drop(x), first)
     assert abs(float((first == 0).float().mean()) - drop.p) < 0.01
     assert torch.equal(drop.eval()(x), x)
+
+
+@pytest.mark.parametrize("count", [None, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_causal_loss_in_chunks(dtype, count):
+    """Loss and gradients as with logits; labels of -100 do not count; in evaluation the logits are there."""
+    model = pefast.attach(build("llama").to(dtype), pefast.LoRA(rank=4)).train()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".b"):
+            nn.init.normal_(parameter, std=0.2)
+    ids = torch.randint(3, 90, (5, 60), generator=torch.Generator().manual_seed(2))
+    labels = torch.where(torch.rand(5, 60, generator=torch.Generator().manual_seed(3)) < 0.3, -100, ids)
+
+    def step():
+        model.zero_grad()
+        output = model(input_ids=ids, labels=labels, num_items_in_batch=count)
+        output.loss.backward()
+        return output, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain, slow = step()
+    chunked, quick = pefast.accelerate(model) and step()
+    assert plain.logits is not None and chunked.logits is None
+    assert chunked.loss.dtype == torch.float32
+    torch.testing.assert_close(chunked.loss, plain.loss.float(), rtol=1e-5, atol=1e-5)
+    for got, near in zip(quick, slow, strict=True):
+        size = near.abs().max()
+        torch.testing.assert_close(
+            got / size, near / size, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.03
+        )
+    with torch.no_grad():
+        assert model.eval()(input_ids=ids, labels=labels).logits.shape[:2] == ids.shape
 
 
 def test_a_model_that_pefast_attached_to():

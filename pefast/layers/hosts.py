@@ -8,7 +8,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from pefast.formats import format_of
+from pefast.formats import FORMATS
 from pefast.layers.in_place import mix_in, own_class, take_out
 from pefast.layers.lowrank import LowRank
 from pefast.layers.router import Router
@@ -41,6 +41,7 @@ class DeltaHost(nn.Module):
     """A frozen linear layer with deltas by adapter name and key; `deltas[name][key]` is a LowRank."""
 
     hosts_deltas = True
+    format: str  # its name in FORMATS, so that forward need not ask
     deltas: nn.ModuleDict
     router: Router
     merged: tuple[str, ...]
@@ -59,7 +60,7 @@ class DeltaHost(nn.Module):
         if not segments and not after:
             return super().forward(x)
         ids = self.router.rows
-        weight = format_of(self).weight(self)
+        weight = FORMATS[self.format].weight(self)
         y = delta_linear(x, weight, tuple(segments), self.bias, ids=ids) if segments else super().forward(x)
         for delta, index in after:
             step = delta(y).to(y.dtype)
@@ -87,6 +88,7 @@ def row_mask(rows: Tensor, index: int, like: Tensor) -> Tensor:
 def host(linear: nn.Module, router: Router) -> None:
     """Makes a linear layer a host, in place. Its own parameters stay what they are."""
     if not isinstance(linear, DeltaHost):
+        linear.format = next(name for name, form in FORMATS.items() if form.knows(linear))
         mix_in(linear, DeltaHost, "Delta")
         linear.deltas, linear.router, linear.merged, linear.unmerged = nn.ModuleDict(), router, (), None
 
@@ -104,7 +106,7 @@ def drop_deltas(linear: DeltaHost, name: str) -> None:
     if name in linear.deltas:
         del linear.deltas[name]
     if not linear.deltas:
-        del linear.deltas, linear.router, linear.merged, linear.unmerged
+        del linear.format, linear.deltas, linear.router, linear.merged, linear.unmerged
         take_out(linear, DeltaHost)
 
 
@@ -116,7 +118,7 @@ def merge_deltas(linear: DeltaHost, names: tuple[str, ...]) -> None:
     linear.merged = names
     if not deltas:
         return
-    weight = format_of(linear).weight(linear)  # [N, K]
+    weight = FORMATS[linear.format].weight(linear)  # [N, K]
     linear.unmerged = linear.weight.detach().clone()
     total = sum(delta.delta_weight() for delta in deltas)
     weight.copy_((weight + total.to(weight.device)).to(weight.dtype))

@@ -33,10 +33,11 @@ def say(text: str) -> None:
 def learn(changes: dict) -> tuple[training.Run, dict]:
     """Trains the recipe, scored before and after on rows that training never sees."""
     run = training.prepare(recipe.read(RECIPE, changes))
+    total = training.trainable(run.model)[1]
     training.attach(run)
-    count, total = training.trainable(run.model)
+    count = training.trainable(run.model)[0]
     say(f"{len(run.train):,} reviews to learn from, {len(run.test):,} held out")
-    say(f"{count:,} of {total:,} parameters train: adapters, prompt tokens and head; the rest is frozen")
+    say(f"{count:,} parameters train: adapters, prompt tokens and head; the model's {total:,} are frozen")
     _, before = training.score(run)
     fitted = training.fit(run, Watcher(console))
     logits, after = training.score(run)
@@ -77,13 +78,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rows")
     quick = parser.parse_args().quick
-    changes = {"data.train_rows": 3000, "output": "out/quick"} if quick else {}
+    changes = {"data.train_rows": 3000, "training.epochs": 1, "output": "out/quick"} if quick else {}
     run, numbers = learn(changes)
     fresh = reload(run, numbers["logits"])
     for text, (name, share) in zip(SENTENCES, training.named(fresh, SENTENCES), strict=True):
         say(f"{name:8} {share:.2f}  {text}")
     show(numbers, training.paired_steps(run))
-    console.print(str(pefast.explain(run.model)).splitlines()[0], markup=False)
+    console.print(str(pefast.explain(run.model)).splitlines()[0], markup=False, soft_wrap=True)
     if not numbers["after"]["accuracy"] > numbers["before"]["accuracy"]:
         raise SystemExit("demo: the model did not get better than before training")
 

@@ -94,7 +94,7 @@ def _forward(x, w, bias, a, b, scale, p, seed):
     x, a, b = rows_of(x), _plain(a), _plain(b)
     bias = None if bias is None else _plain(bias)
     (m, k), (n, r) = x.shape, b.shape
-    y, h = torch.empty((m, n), dtype=torch.bfloat16), torch.empty((m, r), dtype=torch.bfloat16)
+    y, h = x.new_empty((m, n)), x.new_empty((m, r))
     stride_n, stride_k = w.stride()
     on_bias = (0, False) if bias is None else (bias.data_ptr(), bias.dtype is torch.float32)
     waist = (*_master(a), *_master(b), scale, p, seed.data_ptr() if p else 0)
@@ -114,8 +114,9 @@ def _backward(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
         raise RuntimeError(f"delta_linear: the native kernel cannot run: {WHY_NOT or 'it needs AMX'}")
     dy, x, a, b, h = rows_of(dy), rows_of(x), _plain(a), _plain(b), _plain(h)
     (m, k), (n, r) = x.shape, b.shape
-    dx = torch.empty((m, k) if need_x else 0, dtype=torch.bfloat16)
-    da, db = torch.empty((r, k) if need_a else 0), torch.empty((n, r) if need_b else 0)
+    dx = x.new_empty((m, k) if need_x else 0)
+    da = a.new_empty((r, k) if need_a else 0, dtype=torch.float32)
+    db = b.new_empty((n, r) if need_b else 0, dtype=torch.float32)
     packed, _ = _packed(w, True) if need_x else (dx, 0)
     ldx, lddy = (x.stride(0), dy.stride(0)) if m > 1 else (k, n)
     waist = (*_master(a), *_master(b), scale, p, seed.data_ptr() if p else 0)

@@ -18,7 +18,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+AVX512 = "-mavx2 -mbmi2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 LEVELS = {
     "scalar": "",
     "avx2": "-mavx2 -mfma -mf16c",

@@ -9,7 +9,7 @@ import pefast
 
 
 class _HandFunction(torch.autograd.Function):
-    """Autograd by hand over library products, the strongest rival without a compiler; stores x̂ and the mask."""
+    """Autograd by hand over library products, the strongest rival without a compiler; it stores x̂."""
 
     @staticmethod
     def forward(ctx, x, w, a, b, scale, rate):

@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "cpu/attention.h"
+#include "cpu/cross_entropy.h"
 #include "cpu/delta_linear.h"
 #include "cpu/dropout.h"
 #include "cpu/isa.h"
@@ -180,6 +181,19 @@ void attention_backward_door(const std::array<int64_t, 7>& sizes, const std::arr
         threads);
 }
 
+void cross_entropy_door(uintptr_t z, uintptr_t target, uintptr_t loss, int64_t M, int64_t V, int type,
+                        int threads) {
+    const char* name = "linear_cross_entropy";
+    check(type == 0 || type == 1, name, ": no type has the number ", type, "; 0 or 1 would be right");
+    check(V > 0, name, ": there are ", V, " classes; 1 or more would be right");
+    check_matrix(name, "z", at<void>(z), M, V, V);
+    check_threads(name, threads);
+    const int64_t* t = at<const int64_t>(target);
+    for (int64_t m = 0; m < M; ++m)
+        check(t[m] >= 0 && t[m] < V, name, ": target ", t[m], " of row ", m, " is none of ", V, " classes");
+    cross_entropy({at<void>(z), t, at<float>(loss), M, V}, static_cast<Scalar>(type), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -206,5 +220,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("attention_forward", &attention_forward_door, "o, and the logsumexp of each row.",
           py::call_guard<py::gil_scoped_release>());
     m.def("attention_backward", &attention_backward_door, "Gradients; those of address 0 are left out.",
+          py::call_guard<py::gil_scoped_release>());
+    m.def("cross_entropy_here", &cross_entropy_here, "Whether cross_entropy runs on this processor.");
+    m.def("cross_entropy", &cross_entropy_door, "Loss of rows of logits; the logits become their gradient.",
           py::call_guard<py::gil_scoped_release>());
 }

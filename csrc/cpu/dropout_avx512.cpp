@@ -2,37 +2,15 @@
 #include <immintrin.h>
 
 #include "dropout.h"
+#include "vector_avx512.h"
 
 namespace pefast {
 namespace {
 
-// 32 numbers of a type, widened. bf16: the even columns, then the odd ones, for that needs no shuffle; others in order
-struct Floats {
-    __m512 a, b;
-};
+// 32 numbers in order
 struct Doubles {
     __m512d v[4];
 };
-
-inline __mmask16 low(__mmask32 mask) { return static_cast<__mmask16>(mask); }
-inline __mmask16 high(__mmask32 mask) { return static_cast<__mmask16>(mask >> 16); }
-
-// what the mask leaves out is read as zero and need not exist
-inline Floats load(const float* from, __mmask32 mask) {
-    return {_mm512_maskz_loadu_ps(low(mask), from), _mm512_maskz_loadu_ps(high(mask), from + 16)};
-}
-
-inline Floats load(const bf16* from, __mmask32 mask) {
-    const __m512i bits = _mm512_maskz_loadu_epi16(mask, from);
-    const __m512i odd = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), _mm512_castsi512_ps(odd)};
-}
-
-inline Floats load(const fp16* from, __mmask32 mask) {
-    const __m512i bits = _mm512_maskz_loadu_epi16(mask, from);
-    return {_mm512_cvtph_ps(_mm512_castsi512_si256(bits)),
-            _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1))};
-}
 
 inline Doubles load(const double* from, __mmask32 mask) {
     Doubles out;
@@ -40,30 +18,6 @@ inline Doubles load(const double* from, __mmask32 mask) {
         out.v[i] = _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask >> 8 * i), from + 8 * i);
     }
     return out;
-}
-
-inline void store(float* to, __mmask32 mask, Floats v) {
-    _mm512_mask_storeu_ps(to, low(mask), v.a);
-    _mm512_mask_storeu_ps(to + 16, high(mask), v.b);
-}
-
-// to nearest, ties to even; by integers, for vcvtneps2bf16 makes subnormals zero. A NaN stays one: those that
-// come of bf16 inputs have no low bits, so nothing carries
-inline __m512i rounded_bf16(__m512 v) {
-    const __m512i bits = _mm512_castps_si512(v), up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-    return _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
-}
-
-inline void store(bf16* to, __mmask32 mask, Floats v) {
-    const __m512i even = _mm512_srli_epi32(rounded_bf16(v.a), 16);
-    _mm512_mask_storeu_epi16(to, mask, _mm512_mask_mov_epi16(even, 0xaaaaaaaa, rounded_bf16(v.b)));
-}
-
-inline void store(fp16* to, __mmask32 mask, Floats v) {
-    const __m256i a = _mm512_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT);
-    const __m256i b = _mm512_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT);
-    _mm512_mask_storeu_epi16(to, mask, _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
 }
 
 inline void store(double* to, __mmask32 mask, const Doubles& v) {

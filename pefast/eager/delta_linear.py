@@ -42,7 +42,7 @@ def forward(call) -> tuple[Tensor, list[Pair]]:
 
 
 def _scaled_up(s, dtype: torch.dtype) -> Tensor:  # [N, R]
-    """s·b, rounded once: the scale goes into the small factor, a product with an alpha is slower by a tenth."""
+    """s·b, rounded once: the scale goes into the small factor, for a product with an alpha is slower."""
     return (s.b if s.scale == 1.0 else s.b * s.scale).to(dtype)
 
 

@@ -1,46 +1,14 @@
 """The causal loss without the logits: the output embedding and the cross entropy together, some rows at a
-time.
-
-Logits [M, V] in fp32, their softmax and their gradient are three tensors that can outweigh a small model.
-Here they live for a few rows, and as the embedding is frozen the gradient of the hidden states is all that
-stays:
-
-    z = x wᵀ                        [rows, V]  rounded as the model would
-    loss = Σ (log Σ_v exp z_v - z_t) / count       in fp32
-    dx = (softmax(z) - onehot(t)) w / count
-
-torch.nn.functional.linear_cross_entropy does the same in chunks, but gives the loss in x's dtype: 11.0 for
-10.92.
-"""
+time."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pefast.ops.linear_cross_entropy import linear_cross_entropy
+
 # families whose logits are the output embedding of the last hidden state, and nothing more
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt2")
-_ROWS = 128
-
-
-class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w, target, count):
-        kept = (target >= 0).nonzero()[:, 0]
-        x_kept, target = x[kept], target[kept]
-        loss, dx = x.new_zeros((), dtype=torch.float32), torch.zeros_like(x)
-        for rows, t, at in zip(x_kept.split(_ROWS), target.split(_ROWS), kept.split(_ROWS), strict=True):
-            logs = torch.log_softmax(rows @ w.t(), -1, dtype=torch.float32)  # [rows, V]
-            loss -= logs.gather(1, t[:, None]).sum()
-            dz = logs.exp_().scatter_add_(1, t[:, None], logs.new_full((len(t), 1), -1.0)).to(x.dtype)
-            dx[at] = (dz @ w).div_(count)
-        ctx.save_for_backward(dx)
-        return loss / count
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
-        (dx,) = ctx.saved_tensors
-        return dx * dloss, None, None, None
 
 
 class ChunkedLoss(nn.Module):
@@ -58,9 +26,7 @@ class ChunkedLoss(nn.Module):
             del head.forward
         hidden = output.logits  # [B, L, D]
         ahead = F.pad(labels, (0, 1), value=-100)[:, 1:]  # a row predicts the next word
-        ahead = ahead.flatten().to(hidden.device)
-        count = (ahead >= 0).sum() if count is None else count
-        loss = _Loss.apply(hidden.flatten(0, 1), head.weight, ahead, count)
+        loss = linear_cross_entropy(hidden, head.weight, ahead.to(hidden.device), count)
         return type(output)(loss=loss, **{key: value for key, value in output.items() if key != "logits"})
 
     def takes_now(self, args: tuple, kwargs: dict) -> bool:

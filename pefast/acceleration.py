@@ -4,6 +4,7 @@ from types import ModuleType
 
 from torch import nn
 
+from pefast.layers import attention as attention_layer
 from pefast.layers import chunked_loss, counter_dropout, on_peft
 from pefast.layers.in_place import mix_in, take_out
 
@@ -15,9 +16,13 @@ SWITCHES: dict[str, tuple[ModuleType, type, str]] = {
 }
 
 
-def accelerate(model: nn.Module, *, dropout: bool = True, loss: bool = True, peft: bool = True) -> nn.Module:
+def accelerate(
+    model: nn.Module, *, attention: bool = True, dropout: bool = True, loss: bool = True, peft: bool = True
+) -> nn.Module:
     """Lets a model compute through pefast's kernels where it can, in place; returns the model.
 
+    attention a transformers model that uses "sdpa" computes attention through pefast where there is a kernel
+              for the call (bf16 on AMX), dropout on its weights included; other calls stay with sdpa
     dropout   every nn.Dropout makes its mask from a counter: the same rates, another mask; the seed comes
               from torch's generator, so torch.manual_seed still fixes a run
     loss      in training, a causal language model with a frozen output embedding and labels computes
@@ -29,6 +34,7 @@ def accelerate(model: nn.Module, *, dropout: bool = True, loss: bool = True, pef
     A switch that is False takes its part out again. Weights and names never change; `pefast.explain` lists
     what runs how. Models that pefast.attach made compute their deltas through pefast already.
     """
+    _switch_attention(model, attention)
     for name, on in (("dropout", dropout), ("loss", loss), ("peft", peft)):
         rule, mixin, prefix = SWITCHES[name]
         for module in list(model.modules()):
@@ -38,3 +44,12 @@ def accelerate(model: nn.Module, *, dropout: bool = True, loss: bool = True, pef
             elif on and rule.takes(module):
                 mix_in(module, mixin, prefix)
     return model
+
+
+def _switch_attention(model: nn.Module, on: bool) -> None:
+    for module in model.modules():
+        if on and attention_layer.takes(module):
+            attention_layer.register()
+            module.set_attn_implementation(attention_layer.NAME)
+        elif not on and attention_layer.runs_on(module):
+            module.set_attn_implementation("sdpa")

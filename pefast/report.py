@@ -5,6 +5,7 @@ from torch import nn
 
 from pefast import dispatch
 from pefast.formats import format_of
+from pefast.layers import attention
 from pefast.layers.chunked_loss import ChunkedLoss
 from pefast.layers.counter_dropout import CounterDropout
 from pefast.layers.fused_lora import FusedLoRALinear
@@ -43,6 +44,8 @@ def explain(model: nn.Module) -> str:
             )
         elif isinstance(module, CounterDropout):
             lines.setdefault(f"dropout of {module.p:g} from a counter", []).append(path)
+        if attention.runs_on(module) and not any(attention.NAME in line for line in lines):
+            lines.setdefault(_attention_line(module), []).append(path or "(the model)")
     if not lines:
         return f"{type(model).__name__}: no layer computes through pefast"
     return "\n".join(f"{_paths(paths)}: {line}" for line, paths in lines.items())
@@ -78,6 +81,14 @@ def _line(what: str, module: nn.Module, segments: list[Segment]) -> str:
     taken = dispatch.forced() or next(name for name, why in reasons.items() if not why)
     others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if why and name != taken)
     return f"{what}: {taken}" + (f" ({others})" if others else "")
+
+
+def _attention_line(module: nn.Module) -> str:
+    q = torch.empty(
+        1, 1, 64, 64, dtype=next(module.parameters()).dtype, device=next(module.parameters()).device
+    )
+    why = attention.why_not(q, q, q, None, False, None, 0.0, {})
+    return f"attention through {attention.NAME}: " + (f"sdpa, not native: {why}" if why else "native")
 
 
 def _paths(paths: list[str]) -> str:

@@ -8,7 +8,9 @@ import transformers
 from torch import nn
 
 import pefast
+from pefast.layers import attention
 from pefast.layers.on_peft import PeftLinear
+from pefast.testing import assert_no_worse
 from tests.models import build
 
 peft = pytest.importorskip("peft")
@@ -33,7 +35,7 @@ def wrapped(dtype=torch.float32, **options):
     return model.eval()
 
 
-IDS = torch.randint(3, 100, (3, 11), generator=torch.Generator().manual_seed(2))
+IDS = torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(2))
 LABELS = torch.tensor([0, 1, 1])
 
 
@@ -45,7 +47,7 @@ def logits(model, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_peft_keeps_its_numbers_and_switches(dtype):
     model = wrapped(dtype)
-    fast = pefast.accelerate(copy.deepcopy(model))
+    fast = pefast.accelerate(copy.deepcopy(model), attention=False)
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.01}
     names = ["other", "__base__", "default"]
     assert list(fast.state_dict()) == list(model.state_dict())
@@ -89,7 +91,8 @@ def test_every_switch_can_be_taken_out():
     before = [type(module) for module in model.modules()]
     pefast.accelerate(pefast.accelerate(model))
     assert any(isinstance(module, PeftLinear) for module in model.modules())
-    pefast.accelerate(model, dropout=False, loss=False, peft=False)
+    pefast.accelerate(model, attention=False, dropout=False, loss=False, peft=False)
+    assert model.config._attn_implementation == "sdpa"
     assert [type(module) for module in model.modules()] == before
 
 
@@ -134,6 +137,65 @@ def test_the_causal_loss_in_chunks(dtype, count):
         )
     with torch.no_grad():
         assert model.eval()(input_ids=ids, labels=labels).logits.shape[:2] == ids.shape
+
+
+def wide(family, dtype):
+    """A tiny model whose weights are large enough for its attention to have opinions."""
+    model = build(family).to(dtype).eval()
+    torch.manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "embed" not in name:
+            nn.init.normal_(parameter, std=0.25)
+    return model.requires_grad_(False)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
+def test_attention_is_sdpas(family, padding):
+    """Output and gradient of the embeddings in bf16, as close to float64 as sdpa's."""
+    mask = torch.ones(3, 11, dtype=torch.int64)
+    if padding != "none":
+        mask[1, :4] = 0
+    mask = mask.flip(1) if padding == "right" else mask
+    results = []
+    for dtype, fast in ((torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        model = wide(family, dtype)
+        if fast:
+            pefast.accelerate(model)
+        embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        decoder = {"decoder_input_ids": IDS} if family == "t5" else {}
+        logits = model(inputs_embeds=embedded, attention_mask=mask, **decoder).logits
+        shown = logits if logits.dim() == 2 or family == "t5" else logits[mask.bool()]
+        shown.float().square().sum().backward()
+        results.append((shown.detach(), embedded.grad[mask.bool()]))
+    exact, near, got = results
+    for i, name in enumerate(("logits", "gradient")):
+        assert_no_worse(name, got[i], near[i], exact[i])
+
+
+def test_generation_with_its_cache_is_sdpas():
+    model = wide("llama", torch.float32)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(IDS, **options)
+    assert torch.equal(pefast.accelerate(model).generate(IDS, **options), plain)
+
+
+def test_the_kernel_is_really_called(monkeypatch):
+    """A mask that transformers did not make, or a name it did not ask, would silently leave sdpa at work."""
+    model = pefast.accelerate(wide("bert", torch.bfloat16))
+    if "sdpa, not native" in pefast.explain(model):
+        pytest.skip(pefast.explain(model))
+    masks, real = [], attention.prefix_attention
+
+    def seen(*tensors, **options):
+        masks.append(options["mask"])
+        return real(*tensors, **options)
+
+    monkeypatch.setattr(attention, "prefix_attention", seen)
+    mask = torch.ones_like(IDS)
+    mask[0, 6:] = 0
+    model(input_ids=IDS, attention_mask=mask)
+    assert len(masks) == model.config.num_hidden_layers and all(m is not None for m in masks)
 
 
 def test_a_model_that_pefast_attached_to():

@@ -35,7 +35,7 @@ struct Fetch {
 };
 
 // What is done beside the tile products, a little with each step: rounding and storing the block of rows before,
-// making the mask, and fetching what comes next. In pieces of its own it cost a fifth of the time at K=384.
+// making the mask, and fetching what comes next. After the products it cost a fifth of the time at 768 x 768.
 class Beside {
   public:
     Fetch strip, rows;  // the next strip of the weight, and rows of x

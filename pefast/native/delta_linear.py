@@ -17,7 +17,7 @@ _MASTERS = (torch.float32, torch.bfloat16)
 def refuse(call) -> str:
     """Why csrc cannot run this call, or ""."""
     if not _HERE:
-        return WHY_NOT if C is None else "needs a processor with AMX tiles for bfloat16, which this one lacks"
+        return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
     x, w, bias, segments = call.x, call.w, call.bias, call.segments
     if not (x.is_cpu and w.is_cpu):
         return f"needs a CPU, x is on {x.device} and the weight on {w.device}"

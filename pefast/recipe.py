@@ -43,6 +43,7 @@ class Training:
     seed: int = 0
     dtype: str = "float32"
     threads: int | None = None  # torch's own choice
+    accelerate: bool = True  # dropout and attention of the base model run on pefast's kernels too
 
 
 @dataclass
@@ -163,9 +164,14 @@ def _value(kind, value: object, where: str):
             return kind(number)
     elif isinstance(value, kind):
         return value
-    wanted = {int: "a whole number", float: "a number", str: "text", dict: "keys and values", list: "a list"}[
-        kind
-    ]
+    wanted = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        dict: "keys and values",
+        list: "a list",
+    }[kind]
     raise ValueError(f"{where}: {value!r} came; {wanted} is wanted")
 
 

@@ -1,5 +1,6 @@
 """One run of a recipe: rows and model in, an adapter folder and its numbers out; the loop is Trainer's."""
 
+import contextlib
 import json
 import os
 import random
@@ -75,6 +76,7 @@ def attach(run: Run) -> None:
     methods = recipes.methods(run.recipe)
     if methods:
         pefast.attach(run.model, methods)
+    _accelerate(run, run.recipe.training.accelerate)
 
 
 def restore(folder: str | Path, with_rows: bool = True) -> Run:
@@ -93,6 +95,7 @@ def restore(folder: str | Path, with_rows: bool = True) -> Run:
     train, test = _rows(recipe) if with_rows else ([], [])
     run = Run(recipe, task, *_model(recipe, task), train, test)
     pefast.load(run.model, folder / ADAPTER)
+    _accelerate(run, recipe.training.accelerate)
     return run
 
 
@@ -161,41 +164,43 @@ def trainable(model: nn.Module) -> tuple[int, int]:
 
 
 def paired_steps(run: Run, pairs: int = 8) -> dict[str, float]:
-    """Milliseconds of one training step, forward and backward, by the automatic choice and by eager.
+    """Milliseconds of one training step, forward and backward: pefast's choice of hands, and plain PyTorch.
 
     Both see the same batch and take turns, so that a change in the machine's speed meets both; medians.
     """
     wanted = run.recipe.training
     chosen = random.Random(0).sample(run.train, min(wanted.batch, len(run.train)))
-    batch = run.task.collator(run.tokenizer)(
-        run.task.encode(chosen, run.tokenizer, run.names, wanted.max_length)
-    )
-    batch = {key: value.to(run.model.device) for key, value in batch.items()}
+    encoded = run.task.encode(chosen, run.tokenizer, run.names, wanted.max_length)
+    batch = run.task.collator(run.tokenizer)(encoded).to(run.model.device)
     run.model.train()
-    times = {"automatic": [], "eager": []}
+    times = {"automatic": [], "plain": []}
     for turn in range(pairs + 2):
         for name, seconds in times.items():
-            taken = _step(run.model, batch, None if name == "automatic" else name)
+            taken = _step(run, batch, plain=name == "plain")
             # the first two turns fill caches
             if turn >= 2:
                 seconds.append(taken)
+    _accelerate(run, wanted.accelerate)
     run.model.zero_grad()
     run.model.eval()
     return {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
 
 
-def _step(model: nn.Module, batch: dict[str, Tensor], backend: str | None) -> float:
+def _step(run: Run, batch: dict[str, Tensor], plain: bool) -> float:
     wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    model.zero_grad()
-    wait()
-    start = time.perf_counter()
-    if backend is None:
-        model(**batch).loss.backward()
-    else:
-        with pefast.backend(backend):
-            model(**batch).loss.backward()
-    wait()
-    return time.perf_counter() - start
+    # plain also means torch's own dropout: pefast's in plain PyTorch would be a slow rival
+    _accelerate(run, run.recipe.training.accelerate and not plain)
+    run.model.zero_grad()
+    with pefast.backend("eager") if plain else contextlib.nullcontext():
+        wait()
+        start = time.perf_counter()
+        run.model(**batch).loss.backward()
+        wait()
+        return time.perf_counter() - start
+
+
+def _accelerate(run: Run, on: bool) -> None:
+    pefast.accelerate(run.model, attention=on, dropout=on, loss=on, peft=on)
 
 
 def _arguments(wanted: Training, folder: str) -> TrainingArguments:

@@ -104,6 +104,15 @@ def test_predictions_come_in_the_order_of_the_texts(trained):
         torch.testing.assert_close(training.predict(run, [text])[0], row, rtol=1e-4, atol=1e-5)
 
 
+def test_paired_steps_leave_the_run_as_it_was(trained):
+    run = training.restore(trained)
+    before = training.score(run)[0]
+    steps = training.paired_steps(run, pairs=1)
+    assert steps.keys() == {"automatic", "plain"} and min(steps.values()) > 0
+    assert torch.equal(training.score(run)[0], before)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
 def test_evaluate_and_predict(folder, trained):
     assert "24 rows" in pefast("evaluate", trained)
     assert "1.000" in pefast("evaluate", trained, "--source", folder / "rows.csv")

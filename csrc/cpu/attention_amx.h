@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "attention.h"
@@ -10,6 +11,13 @@
 namespace pefast::amx {
 
 constexpr float LOG2_E = 1.44269504f;
+
+// two rows of 16 in bf16, as the pairs of a packed factor
+PEFAST_INLINE __m512i paired(__m512 even, __m512 odd) {
+    const __m512i PAIRS = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23,
+                                           7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(PAIRS, rounded(even, odd));
+}
 
 // 2^x. The polynomial is off by 3e-6 of its value, a thousandth of a rounding step of bf16; a NaN stays one.
 PEFAST_INLINE __m512 power_of_two(__m512 x) {
@@ -49,6 +57,32 @@ inline void copy_keys(const Attention& a, const Heads<const bf16>& prefix, const
     }
 }
 
+// 32 columns of a result for up to 32 queries, from sums [columns, queries] of which each query has its factor [2 x 16]
+inline void store_queries(const Attention& a, const Heads<bf16>& to, int64_t b, int64_t g, int64_t begin,
+                          int64_t column, const float* sums, const __m512 by[2]) {
+    const __mmask32 inside = first(a.D - column);
+    const int64_t rows = std::min<int64_t>(a.group_rows() - begin, 32);
+    int64_t head = g * (a.H / a.G) + begin / a.L, i = begin % a.L;
+    for (int64_t half = 0; half * SIDE < rows; ++half) {
+        __m512i low[16], high[16];
+        for (int64_t c = 0; c < 16; ++c) {
+            const float* row = sums + c * STRIP + half * SIDE;
+            low[c] = (__m512i)_mm512_mul_ps(_mm512_load_ps(row), by[half]);
+            high[c] = (__m512i)_mm512_mul_ps(_mm512_load_ps(row + SIDE * STRIP), by[half]);
+        }
+        transpose(low), transpose(high);
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < 16; ++r) {
+            if (half * SIDE + r >= rows) return;
+            _mm512_mask_storeu_epi16(to.at(b, head, i) + column, inside,
+                                     rounded((__m512)low[r], (__m512)high[r]));
+            if (++i == a.L) i = 0, ++head;
+        }
+    }
+}
+
+enum class Seen { none, some, all };
+
 // Which of 32 keys a row sees.
 class Sight {
   public:
@@ -68,11 +102,66 @@ class Sight {
         return (there & prefix) | _mm256_test_epi8_mask(bytes, bytes);
     }
 
-    // whether rows from query l on see all of 32 keys, by the sizes alone
-    bool plain(int64_t l, int64_t j) const { return !a.mask && j + 32 <= limit(l + 1); }
+    // what each of 32 rows of a group sees of 32 keys from key j; the words are written for Seen::some alone, but for
+    // Seen::none they are 0 as well
+    Seen look(int64_t b, int64_t begin, int64_t j, uint32_t* see) const {
+        const int64_t rows = std::min<int64_t>(a.group_rows() - begin, 32);
+        int64_t l = begin % a.L;
+        // rows that end one head and begin the next hold the first query and the last
+        const bool wraps = l + rows > a.L;
+        if (!a.mask && j + 32 <= limit(wraps ? 1 : l + 1)) return Seen::all;
+        std::fill_n(see, 32, 0u);
+        if (j >= limit(wraps ? a.L : l + rows)) return Seen::none;
+        uint32_t any = 0;
+        for (int64_t i = 0; i < rows; ++i) {
+            any |= see[i] = (*this)(b, l, j);
+            if (++l == a.L) l = 0;
+        }
+        return any ? Seen::some : Seen::none;
+    }
 
   private:
     const Attention& a;
+};
+
+// The rows that come next, brought to the second cache a few at a time beside the work on these. Rows of heads lie far
+// apart, so the processor does not foresee them: without this a third of backward was spent waiting at 8 x 12 x 128 x 64.
+class Ahead {
+  public:
+    void clear() { pieces.clear(), rows = piece = row = 0; }
+
+    // the rows of `count` heads from head h
+    template <class T>
+    void add(const Heads<T>& t, int64_t b, int64_t h, int64_t count, int64_t length, int64_t D) {
+        if (!t.data) return;
+        for (int64_t i = h; i < h + count; ++i) {
+            const bool write = !std::is_const<T>::value;
+            pieces.push_back({reinterpret_cast<const char*>(t.at(b, i, 0)), t.row * 2, length, D * 2, write});
+            rows += length;
+        }
+    }
+
+    // one of so many calls
+    void share(int64_t calls) { each = parts(rows, std::max<int64_t>(calls, 1)); }
+
+    void operator()() {
+        for (int64_t n = 0; n < each && piece < static_cast<int64_t>(pieces.size()); ++n) {
+            const Piece& p = pieces[piece];
+            const char* at = p.data + row * p.stride;
+            for (int64_t byte = 0; byte < p.bytes; byte += 64)
+                p.write ? __builtin_prefetch(at + byte, 1, 2) : __builtin_prefetch(at + byte, 0, 2);
+            if (++row == p.length) row = 0, ++piece;
+        }
+    }
+
+  private:
+    struct Piece {
+        const char* data;
+        int64_t stride, length, bytes;
+        bool write;
+    };
+    std::vector<Piece> pieces;
+    int64_t rows = 0, each = 0, piece = 0, row = 0;
 };
 
 // the mask of dropout for one row of a group and 128 keys: 4 words

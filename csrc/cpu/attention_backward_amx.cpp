@@ -26,9 +26,10 @@ class Backward {
           ldr(spread(height)),
           ldk(spread(key_steps * STEP)),
           shared(f.P > 0 && f.prefix_k.batch == 0 && f.B > 1),
-          chains(shared ? f.G : f.B * f.G),
-          alone(chains >= threads) {
+          alone((shared ? f.G : f.B * f.G) >= threads) {
         Scratch& scratch = Scratch::of_this_thread();
+        const int64_t prefix = shared ? f.G * f.P * steps * STEP : 0;
+        prefix_dk = scratch.take<float>(prefix), prefix_dv = scratch.take<float>(prefix);
         slots.resize(alone ? threads : 1);
         for (Slot& slot : slots) take_slot(scratch, slot);
         owns.resize(threads);
@@ -42,11 +43,14 @@ class Backward {
     }
 
     void run(Team team) {
+        int64_t b, g;
         if (alone) {
-            for (int64_t c = team.rank; c < chains; c += team.size)
-                chain(c, Team{0, 1}, slots[team.rank], owns[team.rank]);
+            for (int64_t n = 0; nth(n, team, b, g); ++n) {
+                foresee(n + 1, team, owns[team.rank].ahead);
+                item(b, g, Team{0, 1}, slots[team.rank], owns[team.rank]);
+            }
         } else {
-            for (int64_t c = 0; c < chains; ++c) chain(c, team, slots[0], owns[team.rank]);
+            for (int64_t n = 0; nth(n, Team{0, 1}, b, g); ++n) item(b, g, team, slots[0], owns[team.rank]);
         }
     }
 
@@ -66,13 +70,13 @@ class Backward {
         bf16* dx;            // [height / 32, chunk_steps, 2, 512]  packed: the sum runs over keys
         float* dq;           // [height / 32, steps, 32, 32]  transposed
         float *dk, *dv;      // [key_steps, steps, 32, 32]  over panels
-        float *prefix_dk, *prefix_dv;  // [P, steps * 32]  over the batch
     };
     // what each thread needs for itself
     struct Own {
         bf16* rows;     // [32, ldd]
         bf16 *w, *dx;   // [32, ldr]  of 32 keys, transposed
         float *x, *dw;  // [32, 32]
+        Ahead ahead;
     };
     // queries and keys of one step of the work
     struct Place {
@@ -95,17 +99,33 @@ class Backward {
         slot.dq = scratch.take<float>(strips * steps * BLOCK);
         const int64_t kept = panels > 1 ? key_steps * steps * BLOCK : 0;
         slot.dk = scratch.take<float>(kept), slot.dv = scratch.take<float>(kept);
-        const int64_t prefix = shared ? f.P * steps * STEP : 0;
-        slot.prefix_dk = scratch.take<float>(prefix), slot.prefix_dv = scratch.take<float>(prefix);
     }
 
-    // one key head of one batch row, or of all of them, one after the other, where they share a prefix
-    void chain(int64_t c, Team team, const Slot& slot, const Own& own) {
-        if (!shared) return item(c / f.G, c % f.G, team, slot, own);
-        for (int64_t b = 0; b < f.B; ++b) item(b, c, team, slot, own);
+    // The key head that is number n for this thread. Heads of one batch row are neighbours in memory, so they follow
+    // one another; under a shared prefix a thread keeps its heads for the whole batch, whose order is then the sum's.
+    bool nth(int64_t n, Team team, int64_t& b, int64_t& g) const {
+        const int64_t heads = shared ? parts(f.G - team.rank, team.size) : 0;
+        const int64_t item = team.rank + n * team.size;
+        b = shared ? n / heads : item / f.G;
+        g = shared ? team.rank + n % heads * team.size : item % f.G;
+        return b < f.B;
     }
 
-    void item(int64_t b, int64_t g, Team team, const Slot& slot, const Own& own) {
+    // what number n reads and writes; longer heads have enough to do to wait little
+    void foresee(int64_t n, Team team, Ahead& ahead) const {
+        int64_t b, g;
+        ahead.clear();
+        if (R > QUERIES || f.keys() > KEYS || !nth(n, team, b, g)) return;
+        const int64_t times = f.H / f.G;
+        for (const auto& t : {f.q, f.d_o, f.o}) ahead.add(t, b, g * times, times, f.L, f.D);
+        for (const auto& t : {f.k, f.v}) ahead.add(t, b, g, 1, f.S, f.D);
+
+        for (const auto& t : {f.dk, f.dv}) ahead.add(t, b, g, 1, f.S, f.D);
+        ahead.add(f.dq, b, g * times, times, f.L, f.D);
+        ahead.share(key_steps * parts(R, STRIP) * 16);
+    }
+
+    void item(int64_t b, int64_t g, Team team, const Slot& slot, Own& own) {
         for (int64_t s = team.begin(key_steps); s < team.end(key_steps); ++s) {
             const int64_t j = s * STEP;
             copy_keys(f, f.prefix_k, f.k, b, g, j, slot.k + j * ldd, ldd);
@@ -128,17 +148,20 @@ class Backward {
     }
 
     // strip s of a panel's queries: q and do packed, lse, delta
-    void queries(const Place& at, int64_t s, const Slot& slot, const Own& own) {
+    void queries(const Place& at, int64_t s, const Slot& slot, Own& own) {
         const int64_t begin = at.row + s * STRIP;
         copy_queries(f, f.q, at.b, at.g, begin, own.rows, ldd);
         pack_both(own.rows, s, slot.q);
         copy_queries(f, f.d_o, at.b, at.g, begin, own.rows, ldd);
         pack_both(own.rows, s, slot.d_o);
+        // rows of a group follow one another in lse
+        const float* lse = f.lse + (at.b * f.H + at.g * (f.H / f.G)) * f.L;
+        int64_t head = at.g * (f.H / f.G) + begin / f.L, l = begin % f.L;
         for (int64_t i = 0; i < STRIP; ++i) {
-            const int64_t r = begin + i, head = at.g * (f.H / f.G) + r / f.L, l = r % f.L;
-            const bool inside = r < R;
-            slot.lse[s * STRIP + i] = inside ? f.lse[(at.b * f.H + head) * f.L + l] : 0;
+            const bool inside = begin + i < R;
+            slot.lse[s * STRIP + i] = inside ? lse[begin + i] : 0;
             slot.delta[s * STRIP + i] = inside ? dot(f.o.at(at.b, head, l), own.rows + i * ldd) : 0;
+            if (++l == f.L) l = 0, ++head;
         }
     }
 
@@ -175,7 +198,7 @@ class Backward {
     }
 
     // strip s of a chunk's keys, against the panel's queries
-    void keys(const Place& at, int64_t s, const Slot& slot, const Own& own) {
+    void keys(const Place& at, int64_t s, const Slot& slot, Own& own) {
         const int64_t step = at.first_step + s, rows = std::min<int64_t>(f.keys() - step * STEP, STRIP);
         // strips of queries that see one of these keys
         int64_t begin = at.strips, end = 0;
@@ -192,9 +215,8 @@ class Backward {
             if (at.row + height < R) continue;
             const float* dv = panels > 1 ? slot.dv + (step * steps + d) * BLOCK : own.x;
             const float* dk = panels > 1 ? slot.dk + (step * steps + d) * BLOCK : own.dw;
-            finish_keys(at, step, d, rows, dv, f.dropout ? f.keep_scale : 1, f.dv, f.dprefix_v,
-                        slot.prefix_dv);
-            finish_keys(at, step, d, rows, dk, f.scale, f.dk, f.dprefix_k, slot.prefix_dk);
+            finish_keys(at, step, d, rows, dv, f.dropout ? f.keep_scale : 1, f.dv, f.dprefix_v, prefix_dv);
+            finish_keys(at, step, d, rows, dk, f.scale, f.dk, f.dprefix_k, prefix_dk);
         }
     }
 
@@ -219,7 +241,7 @@ class Backward {
             __m512 low = _mm512_mul_ps(_mm512_load_ps(sums + i * STRIP), scale);
             __m512 high = _mm512_mul_ps(_mm512_load_ps(sums + i * STRIP + SIDE), scale);
             if (j < f.P && shared) {
-                float* all = over_batch + j * steps * STEP + d * STRIP;
+                float* all = over_batch + ((at.g * f.P + j) * steps + d) * STRIP;
                 if (at.b > 0) low = _mm512_add_ps(low, _mm512_load_ps(all));
                 if (at.b > 0) high = _mm512_add_ps(high, _mm512_load_ps(all + SIDE));
                 _mm512_store_ps(all, low), _mm512_store_ps(all + SIDE, high);
@@ -233,12 +255,12 @@ class Backward {
     }
 
     // w and dx of 32 keys and 32 queries; false, and zeros, where none sees another
-    bool meet(const Place& at, int64_t s, int64_t strip, const Slot& slot, const Own& own) {
+    bool meet(const Place& at, int64_t s, int64_t strip, const Slot& slot, Own& own) {
         const int64_t step = at.first_step + s;
         alignas(64) uint32_t see[32];
-        const bool plain = look(at, step, strip, see);
+        const Seen seen = sight.look(at.b, at.row + strip * STRIP, step * STEP, see);
         bf16* packed = slot.dx + (strip * chunk_steps + s) * 2 * TILE;
-        if (!plain && std::all_of(see, see + 32, [](uint32_t word) { return !word; })) {
+        if (seen == Seen::none) {
             for (int64_t i = 0; i < 32; ++i) {
                 _mm512_store_si512(own.w + i * ldr + strip * STRIP, _mm512_setzero_si512());
                 _mm512_store_si512(own.dx + i * ldr + strip * STRIP, _mm512_setzero_si512());
@@ -256,32 +278,19 @@ class Backward {
         store_sums<2, 2>(own.dw);
         const uint32_t* keep = slot.keep + s * height + strip * STRIP;
         if (f.dropout)
-            plain ? weights<true, true>(strip, see, keep, packed, slot, own)
-                  : weights<false, true>(strip, see, keep, packed, slot, own);
+            seen == Seen::all ? weights<true, true>(strip, see, keep, packed, slot, own)
+                              : weights<false, true>(strip, see, keep, packed, slot, own);
         else
-            plain ? weights<true, false>(strip, see, keep, packed, slot, own)
-                  : weights<false, false>(strip, see, keep, packed, slot, own);
+            seen == Seen::all ? weights<true, false>(strip, see, keep, packed, slot, own)
+                              : weights<false, false>(strip, see, keep, packed, slot, own);
         return true;
-    }
-
-    // which keys of a step each of 32 queries sees; true where all see all
-    bool look(const Place& at, int64_t step, int64_t strip, uint32_t* see) {
-        const int64_t begin = at.row + strip * STRIP, rows = std::min<int64_t>(R - begin, STRIP),
-                      l = begin % f.L;
-        // a strip that ends one head and begins the next holds the first query of all
-        if (sight.plain(l + rows > f.L ? 0 : l, step * STEP)) return true;
-        for (int64_t i = 0; i < STRIP; ++i)
-            see[i] = i < rows ? sight(at.b, (begin + i) % f.L, step * STEP) : 0;
-        return false;
     }
 
     // from x and dw: w, with dropout's mask on it, and dx, in rows; and dx packed
     template <bool PLAIN, bool DROPPED>
     void weights(int64_t strip, const uint32_t* see, const uint32_t* keep, bf16* packed, const Slot& slot,
-                 const Own& own) {
+                 Own& own) {
         const __m512 factor = _mm512_set1_ps(f.scale * LOG2_E), keep_scale = _mm512_set1_ps(f.keep_scale);
-        const __m512i PAIRS = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                               23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
         __m512 lse[2], delta[2];
         __m512i sees[2], keeps[2];
         for (int half = 0; half < 2; ++half) {
@@ -291,6 +300,7 @@ class Backward {
             if (DROPPED) keeps[half] = _mm512_load_si512(keep + half * SIDE);
         }
         for (int64_t i = 0; i < 32; i += 2) {
+            own.ahead();
             __m512 w[2][2], dx[2][2];
             for (int odd = 0; odd < 2; ++odd)
                 for (int half = 0; half < 2; ++half) {
@@ -314,9 +324,7 @@ class Backward {
                 _mm512_store_si512(own.dx + at, rounded(dx[odd][0], dx[odd][1]));
             }
             for (int half = 0; half < 2; ++half) {
-                const __m512i both = rounded(dx[0][half], dx[1][half]);
-                _mm512_store_si512(packed + half * TILE + i / 2 * STEP,
-                                   _mm512_permutexvar_epi16(PAIRS, both));
+                _mm512_store_si512(packed + half * TILE + i / 2 * STEP, paired(dx[0][half], dx[1][half]));
             }
         }
     }
@@ -325,6 +333,7 @@ class Backward {
     void finish_queries(const Place& at, int64_t s, const Slot& slot) {
         const bf16* dx = slot.dx + s * chunk_steps * 2 * TILE;
         const int64_t rows = std::min<int64_t>(R - at.row - s * STRIP, STRIP);
+        const __m512 scale[2] = {_mm512_set1_ps(f.scale), _mm512_set1_ps(f.scale)};
         for (int64_t d = 0; d < steps; ++d) {
             float* sums = slot.dq + (s * steps + d) * BLOCK;
             sized(f.D - d * STRIP, rows, [&](auto tall, auto wide) {
@@ -335,37 +344,16 @@ class Backward {
                 store_sums<ROWS, COLUMNS>(sums);
             });
             if (at.first_step + at.count == key_steps && f.dq.data)
-                store_transposed(at, at.row + s * STRIP, d, rows, sums);
-        }
-    }
-
-    // 32 columns of dq for up to 32 queries, from sums [columns, queries]
-    void store_transposed(const Place& at, int64_t begin, int64_t d, int64_t rows, const float* sums) {
-        const __m512 scale = _mm512_set1_ps(f.scale);
-        const __mmask32 inside = first(f.D - d * STRIP);
-        for (int64_t half = 0; half * SIDE < rows; ++half) {
-            __m512i low[16], high[16];
-            for (int64_t i = 0; i < 16; ++i) {
-                low[i] = _mm512_load_si512(sums + i * STRIP + half * SIDE);
-                high[i] = _mm512_load_si512(sums + (i + 16) * STRIP + half * SIDE);
-            }
-            transpose(low), transpose(high);
-            for (int64_t i = 0; i < std::min<int64_t>(rows - half * SIDE, SIDE); ++i) {
-                const int64_t r = begin + half * SIDE + i;
-                bf16* to = f.dq.at(at.b, at.g * (f.H / f.G) + r / f.L, r % f.L) + d * STRIP;
-                const __m512 one = _mm512_mul_ps((__m512)low[i], scale),
-                             two = _mm512_mul_ps((__m512)high[i], scale);
-                _mm512_mask_storeu_epi16(to, inside, rounded(one, two));
-            }
+                store_queries(f, f.dq, at.b, at.g, at.row + s * STRIP, d * STRIP, sums, scale);
         }
     }
 
     const AttentionBackward& f;
     const Sight sight;
     const int64_t steps, ldd, key_steps, R, height, panels, chunk_steps, ldr, ldk;
-    const bool shared;  // one prefix for a batch of several rows
-    const int64_t chains;
-    const bool alone;  // each chain is one thread's
+    const bool shared;             // one prefix for a batch of several rows
+    const bool alone;              // each key head is one thread's
+    float *prefix_dk, *prefix_dv;  // [G, P, steps * 32]  over the batch
     std::vector<Slot> slots;
     std::vector<Own> owns;
 };

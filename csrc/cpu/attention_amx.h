@@ -112,11 +112,13 @@ class Sight {
         if (!a.mask && j + 32 <= limit(wraps ? 1 : l + 1)) return Seen::all;
         std::fill_n(see, 32, 0u);
         if (j >= limit(wraps ? a.L : l + rows)) return Seen::none;
-        uint32_t any = 0;
+        uint32_t any = 0, every = ~0u;
         for (int64_t i = 0; i < rows; ++i) {
-            any |= see[i] = (*this)(b, l, j);
+            see[i] = (*this)(b, l, j);
+            any |= see[i], every &= see[i];
             if (++l == a.L) l = 0;
         }
+        if (every == ~0u) return Seen::all;
         return any ? Seen::some : Seen::none;
     }
 

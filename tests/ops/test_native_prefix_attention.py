@@ -206,6 +206,14 @@ def test_refusals_are_words():
     assert "needs a CPU" in native.refuse(call._replace(q=call.q.to("meta")))
 
 
+def test_a_single_query_is_left_to_others():
+    call, _ = make_call(Sizes(2, 8, 8, 1, 200, 0, 64))
+    assert "1 for each key head and no gradient" in native.decline(call)
+    assert native.decline(call._replace(q=call.q.requires_grad_())) == ""
+    assert native.decline(make_call(Sizes(2, 8, 8, 1, 200, 4, 64))[0]) == ""
+    assert native.decline(make_call(Sizes(2, 8, 2, 1, 200, 0, 64))[0]) == ""
+
+
 def test_the_operators_pass_opcheck():
     call, do = make_call(Sizes(2, 4, 2, 9, 12, 3, 16), dropout=0.1)
     call = call._replace(mask=torch.rand(2, 1, 9, 12) < 0.7)

@@ -48,6 +48,23 @@ inline void copy_queries(const Attention& a, const Heads<T>& t, int64_t b, int64
     }
 }
 
+// Rows as they lie.
+struct Lines {
+    const bf16* data;
+    int64_t ld, count;
+};
+
+// up to 32 rows of a group, from row `begin`: in place, or copied to room [32, ld] where they end one head and begin
+// the next
+template <class T>
+inline Lines query_lines(const Attention& a, const Heads<T>& t, int64_t b, int64_t g, int64_t begin,
+                         bf16* room, int64_t ld) {
+    const int64_t l = begin % a.L, rows = std::min<int64_t>(a.group_rows() - begin, 32);
+    if (l + rows <= a.L) return {t.at(b, g * (a.H / a.G) + begin / a.L, l), t.row, rows};
+    copy_queries(a, t, b, g, begin, room, ld);
+    return {room, ld, 32};
+}
+
 // 32 keys of [prefix ; sequence] from key `begin`; past the last one zeros
 inline void copy_keys(const Attention& a, const Heads<const bf16>& prefix, const Heads<const bf16>& t,
                       int64_t b, int64_t g, int64_t begin, bf16* to, int64_t ld) {
@@ -64,18 +81,19 @@ inline void store_queries(const Attention& a, const Heads<bf16>& to, int64_t b, 
     const int64_t rows = std::min<int64_t>(a.group_rows() - begin, 32);
     int64_t head = g * (a.H / a.G) + begin / a.L, i = begin % a.L;
     for (int64_t half = 0; half * SIDE < rows; ++half) {
-        __m512i low[16], high[16];
-        for (int64_t c = 0; c < 16; ++c) {
-            const float* row = sums + c * STRIP + half * SIDE;
-            low[c] = (__m512i)_mm512_mul_ps(_mm512_load_ps(row), by[half]);
-            high[c] = (__m512i)_mm512_mul_ps(_mm512_load_ps(row + SIDE * STRIP), by[half]);
+        // rounded before they are transposed: half as much to move
+        __m512i v[16];
+#pragma GCC unroll 16
+        for (int64_t pair = 0; pair < 16; ++pair) {
+            const float* at = sums + 2 * pair * STRIP + half * SIDE;
+            v[pair] = paired(_mm512_mul_ps(_mm512_load_ps(at), by[half]),
+                             _mm512_mul_ps(_mm512_load_ps(at + STRIP), by[half]));
         }
-        transpose(low), transpose(high);
+        transpose(v);
 #pragma GCC unroll 16
         for (int64_t r = 0; r < 16; ++r) {
             if (half * SIDE + r >= rows) return;
-            _mm512_mask_storeu_epi16(to.at(b, head, i) + column, inside,
-                                     rounded((__m512)low[r], (__m512)high[r]));
+            _mm512_mask_storeu_epi16(to.at(b, head, i) + column, inside, v[r]);
             if (++i == a.L) i = 0, ++head;
         }
     }

@@ -150,38 +150,36 @@ class Backward {
     // strip s of a panel's queries: q and do packed, lse, delta
     void queries(const Place& at, int64_t s, const Slot& slot, Own& own) {
         const int64_t begin = at.row + s * STRIP;
-        copy_queries(f, f.q, at.b, at.g, begin, own.rows, ldd);
-        pack_both(own.rows, s, slot.q);
-        copy_queries(f, f.d_o, at.b, at.g, begin, own.rows, ldd);
-        pack_both(own.rows, s, slot.d_o);
+        pack_both(query_lines(f, f.q, at.b, at.g, begin, own.rows, ldd), s, slot.q);
+        const Lines d_o = query_lines(f, f.d_o, at.b, at.g, begin, own.rows, ldd);
+        pack_both(d_o, s, slot.d_o);
         // rows of a group follow one another in lse
         const float* lse = f.lse + (at.b * f.H + at.g * (f.H / f.G)) * f.L;
         int64_t head = at.g * (f.H / f.G) + begin / f.L, l = begin % f.L;
         for (int64_t i = 0; i < STRIP; ++i) {
             const bool inside = begin + i < R;
             slot.lse[s * STRIP + i] = inside ? lse[begin + i] : 0;
-            slot.delta[s * STRIP + i] = inside ? dot(f.o.at(at.b, head, l), own.rows + i * ldd) : 0;
+            slot.delta[s * STRIP + i] = inside ? dot(f.o.at(at.b, head, l), d_o.data + i * d_o.ld) : 0;
             if (++l == f.L) l = 0, ++head;
         }
     }
 
-    void pack_both(const bf16* rows, int64_t s, const Packed& to) {
+    void pack_both(const Lines& rows, int64_t s, const Packed& to) {
         for (int64_t d = 0; d < steps; ++d) {
-            pack_step_across(rows + d * STEP, ldd, STEP, STRIP, to.across + (s * steps + d) * 2 * TILE);
-            pack_step_along(rows + d * STEP, ldd, STEP, STRIP,
-                            to.along + (d * (height / STRIP) + s) * 2 * TILE);
+            const bf16* from = rows.data + d * STEP;
+            const int64_t columns = f.D - d * STEP, at_along = (d * (height / STRIP) + s) * 2 * TILE;
+            pack_step_across(from, rows.ld, columns, rows.count, to.across + (s * steps + d) * 2 * TILE);
+            pack_step_along(from, rows.ld, rows.count, columns, to.along + at_along);
         }
     }
 
-    // two rows of D numbers; the second is filled up with zeros
+    // two rows of D numbers
     float dot(const bf16* one, const bf16* two) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t d = 0; d < f.D; d += 32) {
-            const __m512i a = _mm512_maskz_loadu_epi16(first(f.D - d), one + d),
-                          b = _mm512_load_si512(two + d);
-            const __m512i high = _mm512_set1_epi32(0xffff0000);
-            sum = _mm512_fmadd_ps((__m512)_mm512_and_si512(a, high), (__m512)_mm512_and_si512(b, high), sum);
-            sum = _mm512_fmadd_ps((__m512)_mm512_slli_epi32(a, 16), (__m512)_mm512_slli_epi32(b, 16), sum);
+            const __mmask32 inside = first(f.D - d);
+            sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(inside, one + d),
+                                   (__m512bh)_mm512_maskz_loadu_epi16(inside, two + d));
         }
         return _mm512_reduce_add_ps(sum);
     }
@@ -232,24 +230,32 @@ class Backward {
         });
     }
 
+    // 32 columns of dk or dv, times a factor, to where they belong
     void finish_keys(const Place& at, int64_t step, int64_t d, int64_t rows, const float* sums, float by,
                      const Heads<bf16>& to, const Heads<bf16>& to_prefix, float* over_batch) {
         const __m512 scale = _mm512_set1_ps(by);
         const __mmask32 inside = first(f.D - d * STRIP);
-        for (int64_t i = 0; i < rows; ++i) {
-            const int64_t j = step * STEP + i;
+        const int64_t begin = step * STEP, prefix = std::clamp<int64_t>(f.P - begin, 0, rows);
+        const bool last = !shared || at.b == f.B - 1;
+        for (int64_t i = 0; i < prefix; ++i) {
             __m512 low = _mm512_mul_ps(_mm512_load_ps(sums + i * STRIP), scale);
             __m512 high = _mm512_mul_ps(_mm512_load_ps(sums + i * STRIP + SIDE), scale);
-            if (j < f.P && shared) {
-                float* all = over_batch + ((at.g * f.P + j) * steps + d) * STRIP;
+            if (shared) {
+                float* all = over_batch + ((at.g * f.P + begin + i) * steps + d) * STRIP;
                 if (at.b > 0) low = _mm512_add_ps(low, _mm512_load_ps(all));
                 if (at.b > 0) high = _mm512_add_ps(high, _mm512_load_ps(all + SIDE));
                 _mm512_store_ps(all, low), _mm512_store_ps(all + SIDE, high);
-                if (at.b < f.B - 1) continue;
             }
-            const Heads<bf16>& t = j < f.P ? to_prefix : to;
-            if (!t.data) continue;
-            bf16* row = t.at(at.b, at.g, j < f.P ? j : j - f.P) + d * STRIP;
+            if (!last || !to_prefix.data) continue;
+            bf16* row = to_prefix.at(at.b, at.g, begin + i) + d * STRIP;
+            _mm512_mask_storeu_epi16(row, inside, rounded(low, high));
+        }
+        if (!to.data) return;
+        bf16* row = to.at(at.b, at.g, begin + prefix - f.P) + d * STRIP;
+        for (const float* from = sums + prefix * STRIP; from < sums + rows * STRIP;
+             from += STRIP, row += to.row) {
+            const __m512 low = _mm512_mul_ps(_mm512_load_ps(from), scale);
+            const __m512 high = _mm512_mul_ps(_mm512_load_ps(from + SIDE), scale);
             _mm512_mask_storeu_epi16(row, inside, rounded(low, high));
         }
     }

@@ -95,8 +95,9 @@ class Forward {
         for (int64_t s = team.begin(key_steps); s < team.end(key_steps); ++s) {
             const int64_t j = s * STEP;
             copy_keys(f, f.prefix_k, f.k, b, g, j, slot.k + j * ldd, ldd);
-            copy_keys(f, f.prefix_v, f.v, b, g, j, own.rows, ldd);
-            transpose_rows(own.rows, ldd, STEP, f.D, slot.v_t + j, ldk);
+            Lines v = {f.v.at(b, g, j - f.P), f.v.row, std::min(f.keys() - j, STEP)};
+            if (j < f.P) copy_keys(f, f.prefix_v, f.v, b, g, j, own.rows, ldd), v = {own.rows, ldd, STEP};
+            transpose_rows(v.data, v.ld, v.count, f.D, slot.v_t + j, ldk);
         }
         team.wait();
         for (int64_t row = 32 * team.rank; row < R; row += 32 * team.size)
@@ -105,9 +106,9 @@ class Forward {
     }
 
     void queries(const Block& block, const Slot& slot, Own& own) {
-        copy_queries(f, f.q, block.b, block.g, block.row, own.rows, ldd);
+        const Lines q = query_lines(f, f.q, block.b, block.g, block.row, own.rows, ldd);
         for (int64_t d = 0; d < steps; ++d)
-            pack_step_across(own.rows + d * STEP, ldd, STEP, STRIP, own.q + d * 2 * TILE);
+            pack_step_across(q.data + d * STEP, q.ld, f.D - d * STEP, q.count, own.q + d * 2 * TILE);
         for (int half = 0; half < 2; ++half)
             own.largest[half] = _mm512_set1_ps(LOWEST), own.sum[half] = _mm512_setzero_ps();
         const int64_t limit = sight.limit(std::min(block.row % f.L + block.rows, f.L));

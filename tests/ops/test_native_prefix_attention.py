@@ -1,5 +1,7 @@
 """The native hand of prefix_attention by itself: panels, chunks, bits, memory it may not touch, refusals."""
 
+import ctypes
+import mmap
 from typing import NamedTuple
 
 import pytest
@@ -204,6 +206,34 @@ def test_refusals_are_words():
     assert "takes bfloat16, q is float32" in native.refuse(call._replace(q=call.q.float()))
     assert "scale above 0" in native.refuse(call._replace(scale=-1.0))
     assert "needs a CPU" in native.refuse(call._replace(q=call.q.to("meta")))
+
+
+def at_the_edge(t: torch.Tensor, first: bool) -> torch.Tensor:
+    """A copy of t that ends where a page begins that nobody may touch, or begins where such a page ends."""
+    size, page = t.numel() * t.element_size(), mmap.PAGESIZE
+    room = -(-size // page) * page
+    block = mmap.mmap(-1, room + 2 * page)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for edge in (base, base + page + room):
+        assert libc.mprotect(ctypes.c_void_p(edge), ctypes.c_size_t(page), 0) == 0
+    copy = torch.frombuffer(
+        block, dtype=t.dtype, count=t.numel(), offset=page if first else page + room - size
+    )
+    return copy.view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["one of each", "heads inside a strip", "odd width"])
+def test_reads_stay_inside(name, first):
+    """One number outside a tensor would end the process."""
+    call, do = make_call(SIZES[name], **full(SIZES[name]))
+    whole = run(call, do)
+    o, lse = native.forward(call)
+    call = call._replace(**{f: at_the_edge(getattr(call, f), first) for f in (*NAMES, "mask", "seed")})
+    assert torch.equal(native.forward(call)[0], whole["o"])
+    found = native.backward(call, *(at_the_edge(t.contiguous(), first) for t in (o, lse, do)), ALL)
+    assert all(torch.equal(t, whole[f"d{f}"]) for f, t in zip(NAMES, found, strict=True))
 
 
 def test_a_single_query_is_left_to_others():

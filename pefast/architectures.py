@@ -71,14 +71,12 @@ class Block(NamedTuple):
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """The part of a transformers model that maps tokens to hidden states; the model itself where there is no
-    other."""
+    """What maps tokens to hidden states in a transformers model; the model itself where it has no such part."""
     return getattr(model, "base_model", model)
 
 
 def family_of(model: nn.Module, who: str) -> Family:
-    """The family of a transformers model. Raises ValueError, naming the caller, where pefast does not know
-    it."""
+    """The family of a transformers model. Raises ValueError, naming the caller, for an unknown one."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in FAMILIES:
         raise ValueError(

@@ -48,8 +48,7 @@ def attached(model: nn.Module, who: str) -> Attached:
 
 
 def attach(model: nn.Module, method, name: str = "default", *, head: bool = True) -> nn.Module:
-    """Puts a method, or several as one adapter called `name`, on a model, in place, and makes it the active
-    one.
+    """Puts a method, or several as one adapter called `name`, on a model in place, and activates it.
 
     Everything else is frozen, except that a task head (the classifier of a ...ForSequenceClassification and
     its kin) gets a trained copy that belongs to the adapter; `head=False` leaves it frozen. Other adapters
@@ -115,8 +114,9 @@ def _keys(methods: list) -> list[str]:
 
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Takes one adapter, or with None all of them, off the model, in place; without any it is the base model,
-    bit for bit.
+    """Takes one adapter, or with None all of them, off the model in place.
+
+    Without any it is the base model again, bit for bit.
 
     Raises ValueError for a name that is not attached.
     """
@@ -182,8 +182,7 @@ def head_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """Inside this context, row i of a batch computes with adapter names[i], or with the base model where that
-    is None.
+    """Inside this context row i of a batch computes with adapter names[i]; None is the base model.
 
     Raises ValueError for a name that is not attached, for adapters with a Prompt, or while the model is
     merged.
@@ -210,11 +209,10 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Adds the active adapters' deltas to the frozen weights, in place, so that they cost nothing; `unmerge`
-    gives the weights back.
+    """Adds the active adapters' deltas to the frozen weights, in place, so that they cost nothing.
 
-    The weights as they were are kept beside the merged ones. Raises ValueError where an active method cannot
-    merge.
+    The weights as they were are kept beside the merged ones, for `unmerge`. Raises ValueError where an active
+    method cannot merge.
     """
     state = attached(model, "merge")
     names = state.router.active
@@ -233,8 +231,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Gives the frozen weights back as they were, bit for bit, in place. Raises ValueError where nothing is
-    merged."""
+    """Gives the frozen weights back as they were, bit for bit. Raises ValueError where nothing is merged."""
     state = attached(model, "unmerge")
     if not state.merged:
         raise ValueError("unmerge: the model is not merged")

@@ -42,8 +42,7 @@ def _pass(hidden: Tensor) -> Tensor:
 
 
 def takes(module: nn.Module) -> bool:
-    """Whether a module is a causal language model of a family that is known, with a plain frozen output
-    embedding."""
+    """Whether a module is a causal language model of a known family with a plain output embedding."""
     if not type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return False
     if getattr(getattr(module, "config", None), "model_type", None) not in _FAMILIES:

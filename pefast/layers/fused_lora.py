@@ -94,8 +94,7 @@ class FusedLoRALinear(nn.Linear):
         return delta_linear(x, own["weight"], (segment,), own["bias"])
 
     def merged(self) -> nn.Linear:
-        """A plain nn.Linear that computes the same: weight + scale · b a, summed in fp32 or wider and rounded
-        once."""
+        """A plain nn.Linear that computes the same: weight + scale · b a, in fp32 or wider, rounded once."""
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, "meta", self.weight.dtype
         )

@@ -26,8 +26,7 @@ class After(LowRank):
 
 
 class Tap:
-    """A forward pre-hook at the entry of an Across delta: computes its waist where the block's input passes
-    by."""
+    """A forward pre-hook at the entry of an Across delta: computes its waist as the input passes by."""
 
     def __init__(self, delta: Across, name: str, router: Router):
         self.delta, self.name, self.router = delta, name, router
@@ -80,8 +79,7 @@ def _segment(delta: LowRank, index: int | None):
 
 
 def row_mask(rows: Tensor, index: int, like: Tensor) -> Tensor:
-    """1 where a sequence of the batch takes the adapter of this index, shaped to broadcast over `like` [B,
-    ...]."""
+    """1 where a sequence takes the adapter of this index, shaped to broadcast over `like` [B, ...]."""
     return (rows == index).to(like.dtype).view(-1, *[1] * (like.dim() - 1))
 
 
@@ -112,8 +110,7 @@ def drop_deltas(linear: DeltaHost, name: str) -> None:
 
 @torch.no_grad()
 def merge_deltas(linear: DeltaHost, names: tuple[str, ...]) -> None:
-    """Adds the named adapters' deltas to the weight, summed in fp32 or wider and rounded once; keeps the
-    weight for `unmerge_deltas`."""
+    """Adds adapters' deltas to the weight, summed in fp32 or wider, rounded once; keeps what it was."""
     deltas = [delta for name in names if name in linear.deltas for delta in linear.deltas[name].values()]
     linear.merged = names
     if not deltas:

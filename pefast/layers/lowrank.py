@@ -18,8 +18,7 @@ def master_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def lora_scale(who: str, rank: int, alpha: float | None, rslora: bool) -> float:
-    """alpha / rank, or alpha / √rank for rsLoRA; alpha None means alpha = rank. Raises ValueError for a rank
-    below 1."""
+    """alpha / rank, or alpha / √rank for rsLoRA; alpha None means rank. Raises ValueError for rank < 1."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"{who}: rank is {rank!r}; a whole number from 1 up would be right")
     alpha = rank if alpha is None else alpha

@@ -25,8 +25,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def pick_linears(model: nn.Module, targets, exclude=(), layers: Sequence[int] | None = None) -> list[str]:
-    """Paths of the linear layers that `targets` means. Raises ValueError, with names that exist, where none
-    matches."""
+    """Paths of the linear layers that `targets` means. Raises ValueError where none matches."""
     for each in (targets, exclude):
         if isinstance(each, str):
             check_expression("attach", each)

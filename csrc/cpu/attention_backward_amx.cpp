@@ -250,7 +250,7 @@ class Backward {
             bf16* row = to_prefix.at(at.b, at.g, begin + i) + d * STRIP;
             _mm512_mask_storeu_epi16(row, inside, rounded(low, high));
         }
-        if (!to.data) return;
+        if (!to.data || prefix == rows) return;
         bf16* row = to.at(at.b, at.g, begin + prefix - f.P) + d * STRIP;
         for (const float* from = sums + prefix * STRIP; from < sums + rows * STRIP;
              from += STRIP, row += to.row) {

@@ -95,8 +95,11 @@ class Forward {
         for (int64_t s = team.begin(key_steps); s < team.end(key_steps); ++s) {
             const int64_t j = s * STEP;
             copy_keys(f, f.prefix_k, f.k, b, g, j, slot.k + j * ldd, ldd);
-            Lines v = {f.v.at(b, g, j - f.P), f.v.row, std::min(f.keys() - j, STEP)};
-            if (j < f.P) copy_keys(f, f.prefix_v, f.v, b, g, j, own.rows, ldd), v = {own.rows, ldd, STEP};
+            Lines v = {own.rows, ldd, STEP};
+            if (j < f.P)
+                copy_keys(f, f.prefix_v, f.v, b, g, j, own.rows, ldd);
+            else
+                v = {f.v.at(b, g, j - f.P), f.v.row, std::min(f.keys() - j, STEP)};
             transpose_rows(v.data, v.ld, v.count, f.D, slot.v_t + j, ldk);
         }
         team.wait();

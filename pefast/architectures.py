@@ -71,7 +71,7 @@ class Block(NamedTuple):
 
 
 def backbone(model: nn.Module) -> nn.Module:
-    """What maps tokens to hidden states in a transformers model; the model itself where it has no such part."""
+    """What maps tokens to hidden states in a transformers model; the model itself where no part does."""
     return getattr(model, "base_model", model)
 
 

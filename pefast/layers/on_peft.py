@@ -58,7 +58,7 @@ class PeftLinear(nn.Module):
 
 
 def takes(module: nn.Module) -> bool:
-    """Whether a module is PEFT's LoRA layer around a plain linear one; by its name, without importing peft."""
+    """Whether a module is PEFT's LoRA layer around a plain one; by its name, without importing peft."""
     cls = type(module)
     if cls.__name__ != "Linear" or cls.__module__ != "peft.tuners.lora.layer":
         return False

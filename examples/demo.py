@@ -84,7 +84,7 @@ def main() -> None:
     for text, (name, share) in zip(SENTENCES, training.named(fresh, SENTENCES), strict=True):
         say(f"{name:8} {share:.2f}  {text}")
     show(numbers, training.paired_steps(run))
-    console.print(str(pefast.explain(run.model)).splitlines()[0], markup=False, soft_wrap=True)
+    console.print(pefast.explain(run.model), markup=False, soft_wrap=True)
     if not numbers["after"]["accuracy"] > numbers["before"]["accuracy"]:
         raise SystemExit("demo: the model did not get better than before training")
 

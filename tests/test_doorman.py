@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.utils import import_utils
 
+# the least version of `kernels` that the installed transformers wants; 5.20 and 5.23 want different ones
+WANTED = getattr(import_utils, "KERNELS_MIN_VERSION", "0.18.2")
 ROOT = Path(__file__).parents[1]
 # what transformers 5.23 imports from a `kernels` that it finds in its range
 NAMES = [
@@ -28,7 +31,7 @@ NAMES = [
     "use_kernelized_func",
 ]
 PACKAGE = """
-__version__ = "0.18.2"
+__version__ = "{version}"
 class Anything:
     def __init__(self, *values, **settings): pass
     def __class_getitem__(cls, key): return cls
@@ -57,14 +60,14 @@ def run(code: str, *paths: Path) -> str:
 @pytest.fixture
 def installed(tmp_path):
     """A folder in which a package `kernels` of the range that transformers wants is installed."""
-    package, note = tmp_path / "kernels", tmp_path / "kernels-0.18.2.dist-info"
+    package, note = tmp_path / "kernels", tmp_path / f"kernels-{WANTED}.dist-info"
     package.mkdir()
     note.mkdir()
     values = {name: "Anything" if name[0].isupper() else "decorator" for name in NAMES}
     lines = "\n".join(f"{name} = {value}" for name, value in values.items())
-    (package / "__init__.py").write_text(PACKAGE.format(names=lines))
+    (package / "__init__.py").write_text(PACKAGE.format(version=WANTED, names=lines))
     (package / "layer.py").write_text("here = __name__\n")
-    (note / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    (note / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {WANTED}\n")
     return tmp_path
 
 
@@ -99,4 +102,4 @@ def test_a_broken_package_says_so(tmp_path):
 def test_the_room_is_another_module_beside_it(installed):
     code = "import kernels, pefast.kernels\nprint(pefast.kernels.__file__, kernels.__version__)"
     said = run(code, installed)
-    assert said.split() == [str(ROOT / "kernels" / "__init__.py"), "0.18.2"]
+    assert said.split() == [str(ROOT / "kernels" / "__init__.py"), WANTED]

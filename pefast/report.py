@@ -18,11 +18,10 @@ _PROBE_ROWS = 512
 
 
 def explain(model: nn.Module) -> str:
-    """One line a layer that pefast computes: its deltas, the back end that will run for 512 rows, and why the
-    others will not.
+    """One line a layer that pefast computes: its deltas, the back end for 512 rows, and why not the others.
 
-    Layers that say the same stand in one line with their number. Raises nothing: a model without pefast's
-    layers says so.
+    Layers that say the same stand in one line with their number; a last line tells the memory of packed
+    weights, once something has run. Raises nothing: a model without pefast's layers says so.
     """
     lines: dict[str, list[str]] = {}
     for path, module in model.named_modules():
@@ -48,7 +47,19 @@ def explain(model: nn.Module) -> str:
             lines.setdefault(_attention_line(module), []).append(path or "(the model)")
     if not lines:
         return f"{type(model).__name__}: no layer computes through pefast"
-    return "\n".join(f"{_paths(paths)}: {line}" for line, paths in lines.items())
+    said = [f"{_paths(paths)}: {line}" for line, paths in lines.items()]
+    return "\n".join(said + _packs(model))
+
+
+def _packs(model: nn.Module) -> list[str]:
+    """What the native hand keeps beside the frozen weights, a weight that layers share counted once."""
+    stores = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_cpu:
+            stores[weight.data_ptr()] = weight
+    total = sum(OP.hands["native"].packed_bytes(weight) for weight in stores.values())
+    return [f"packed copies of frozen weights: {total / 1e6:.1f} MB"] if total else []
 
 
 def _host_line(host: DeltaHost, deltas: list[tuple[str, str, LowRank]]) -> str:

@@ -86,6 +86,20 @@ def test_explain_says_what_runs():
     assert "LoRA of PEFT: eager" in said and "dropout of 0.1 from a counter" in said
 
 
+def test_explain_tells_the_memory_of_packs():
+    model = pefast.attach(build("llama").to(torch.bfloat16), pefast.LoRA(rank=4))
+    assert "packed copies" not in pefast.explain(model)
+    if ": native" not in pefast.explain(model):
+        pytest.skip(pefast.explain(model))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert "packed copies of frozen weights:" in pefast.explain(model)
+    for module in model.modules():
+        if hasattr(module, "deltas"):
+            # a new storage: the packs went with the old one
+            module.weight.data = module.weight.data.clone()
+    assert "packed copies" not in pefast.explain(model)
+
+
 def test_every_switch_can_be_taken_out():
     model = wrapped()
     before = [type(module) for module in model.modules()]

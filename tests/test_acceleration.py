@@ -153,6 +153,18 @@ def test_the_causal_loss_in_chunks(dtype, count):
         assert model.eval()(input_ids=ids, labels=labels).logits.shape[:2] == ids.shape
 
 
+def test_the_causal_loss_of_a_peft_model():
+    """PEFT's own forward names options that nobody set; they do not bring the logits back."""
+    model = peft.get_peft_model(
+        build("llama"), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).train()
+    plain = model(input_ids=IDS, labels=IDS)
+    chunked = pefast.accelerate(model)(input_ids=IDS, labels=IDS)
+    assert plain.logits is not None and chunked.logits is None
+    torch.testing.assert_close(chunked.loss, plain.loss, rtol=1e-5, atol=1e-5)
+    assert model(input_ids=IDS, labels=IDS, return_dict=False)[1].shape[:2] == IDS.shape
+
+
 def wide(family, dtype):
     """A tiny model whose weights are large enough for its attention to have opinions."""
     model = build(family).to(dtype).eval()

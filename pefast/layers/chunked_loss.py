@@ -32,7 +32,14 @@ class ChunkedLoss(nn.Module):
     def takes_now(self, args: tuple, kwargs: dict) -> bool:
         """Whether this forward needs nothing but the loss."""
         plain = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        odd = {"logits_to_keep", "shift_labels", "ignore_index", "return_dict"} & set(kwargs)
+        # PEFT hands these on as None where nobody set them
+        keep = kwargs.get("logits_to_keep")
+        odd = (
+            kwargs.get("shift_labels") is not None
+            or kwargs.get("ignore_index") is not None
+            or kwargs.get("return_dict") is False
+            or not (keep is None or (isinstance(keep, int) and keep == 0))
+        )
         frozen = not self.get_output_embeddings().weight.requires_grad
         return plain and frozen and not odd and not args[1:]
 

@@ -55,7 +55,11 @@ def _native() -> Line:
     from . import native
 
     if native.C is not None:
-        return Line("native extension", "built", "dropout and bf16 LoRA layers run in csrc where they can")
+        return Line(
+            "native extension",
+            "built",
+            "dropout, bf16 LoRA layers and attention, and the causal loss run in csrc where they can",
+        )
     return Line("native extension", "missing", f"{native.WHY_NOT}; {NATIVE_COST}")
 
 

@@ -22,13 +22,14 @@ from pefast import __version__
 from pefast.methods import METHODS
 from pefast.model import activate, attach, attached, detach, head_tensors
 
-MANIFEST, CONFIG, TENSORS, HEAD = (
+MANIFEST, CONFIG, TENSORS, HEAD, RESUME = (
     "pefast.json",
     "adapter_config.json",
     "adapter_model.safetensors",
     "head.safetensors",
+    "resume.safetensors",
 )
-_PEFT_TYPES = {"LORA": "lora", "PROMPT_TUNING": "prompt", "PEFAST_ADAPTER": "adapter"}
+_PEFT_TYPES = {peft_type: kind for kind, method in METHODS.items() for peft_type in method.peft_types}
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -98,7 +99,7 @@ def _write_method(model: nn.Module, folder: Path, name: str, key: str, with_head
         "pefast_version": __version__,
     }
     head = head_tensors(model, name) if with_head else {}
-    if task := _task_type(model, method.kind, bool(head)):
+    if task := _task_type(model, method.prompt_learning, bool(head)):
         config["task_type"] = task
     else:
         config["auto_mapping"] = {
@@ -106,15 +107,18 @@ def _write_method(model: nn.Module, folder: Path, name: str, key: str, with_head
             "parent_library": type(model).__module__,
         }
     if head:
-        tensors = tensors | {_head_key(method.kind, path): tensor for path, tensor in head.items()}
+        prefix = _head_prefix(method)
+        tensors = tensors | {prefix + path: tensor for path, tensor in head.items()}
         config["modules_to_save"] = sorted({path.split(".")[0] for path in head})
     save_file(_plain(tensors), folder / TENSORS, metadata={"format": "pt"})
+    if resume := method.resume(model, name, key):
+        save_file(_plain(resume), folder / RESUME, metadata={"format": "pt"})
     _write_json(folder / CONFIG, config)
 
 
-def _head_key(kind: str, path: str) -> str:
+def _head_prefix(method) -> str:
     # PEFT puts one level less before the head of a prompt-learning checkpoint
-    return f"base_model.{path}" if kind == "prompt" else f"base_model.model.{path}"
+    return "base_model." if method.prompt_learning else "base_model.model."
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -125,11 +129,11 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _task_type(model: nn.Module, kind: str, with_head: bool) -> str | None:
+def _task_type(model: nn.Module, prompt_learning: bool, with_head: bool) -> str | None:
     task = next((task for end, task in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None)
     if task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") and not with_head:
         # PEFT looks for a head in every file with these types; prompt learning needs some type
-        return "FEATURE_EXTRACTION" if kind == "prompt" else None
+        return "FEATURE_EXTRACTION" if prompt_learning else None
     return task
 
 
@@ -157,7 +161,7 @@ def _move_into_place(part: Path, folder: Path) -> None:
 
 def _own_names(folder: Path) -> set[str]:
     """Names in an adapter's folder that are the adapter's own."""
-    names = {MANIFEST, CONFIG, TENSORS, HEAD}
+    names = {MANIFEST, CONFIG, TENSORS, HEAD, RESUME}
     return names | set(_read_manifest(folder).methods if (folder / MANIFEST).exists() else ())
 
 
@@ -167,11 +171,12 @@ def load(
     """Attaches the adapter that a folder holds, under `name`, in place: pefast's own folders and PEFT's LoRA
     and prompt tuning.
 
-    With trainable=False its parameters are frozen. Raises FileNotFoundError or ValueError, in one sentence
-    that names the tensor and both shapes where they differ, and then leaves the model as it was.
+    With trainable=False its parameters are frozen, and what a folder keeps for training alone stays there.
+    Raises FileNotFoundError or ValueError, in one sentence that names the tensor and both shapes where they
+    differ, and then leaves the model as it was.
     """
     folder = Path(folder)
-    parts = _read(folder)
+    parts = _read(folder, trainable)
     methods = [_method(part, model, folder) for part in parts.methods]
     before = model._pefast.router.active if hasattr(model, "_pefast") else None
     rng = torch.get_rng_state()
@@ -215,6 +220,7 @@ class _Part(NamedTuple):
     kind: str
     config: dict
     tensors: dict[str, Tensor]
+    resume: dict[str, Tensor]
 
 
 class _Manifest(NamedTuple):
@@ -231,15 +237,15 @@ class _Folder(NamedTuple):
     head: dict[str, Tensor]
 
 
-def _read(folder: Path) -> _Folder:
+def _read(folder: Path, trainable: bool) -> _Folder:
     if (folder / MANIFEST).exists():
         manifest = _read_manifest(folder)
-        methods = [_read_method(folder / key) for key in manifest.methods]
+        methods = [_read_method(folder / key, trainable) for key in manifest.methods]
         return _Folder(methods, _read_tensors(folder / HEAD) if manifest.head else {})
-    part = _read_method(folder)
+    part = _read_method(folder, trainable)
     owns = METHODS[part.kind].owns
     own = {key: tensor for key, tensor in part.tensors.items() if owns(key)}
-    prefix = _head_key(part.kind, "")
+    prefix = _head_prefix(METHODS[part.kind])
     head = {key.removeprefix(prefix): tensor for key, tensor in part.tensors.items() if not owns(key)}
     return _Folder([part._replace(tensors=own)], head)
 
@@ -257,7 +263,7 @@ def _read_manifest(folder: Path) -> _Manifest:
     return _Manifest(methods, bool(content.get("head")))
 
 
-def _read_method(folder: Path) -> _Part:
+def _read_method(folder: Path, trainable: bool) -> _Part:
     if not (folder / CONFIG).exists():
         raise FileNotFoundError(
             f"load: {folder} has neither {CONFIG} nor {MANIFEST}; a folder that save wrote would be right"
@@ -268,7 +274,8 @@ def _read_method(folder: Path) -> _Part:
         raise ValueError(
             f"load: {folder} holds a {config.get('peft_type')}; pefast reads {', '.join(_PEFT_TYPES)}"
         )
-    return _Part(kind, config, _read_tensors(folder / TENSORS))
+    resume = _read_tensors(folder / RESUME) if trainable and (folder / RESUME).exists() else {}
+    return _Part(kind, {**config, "resumes": bool(resume)}, _read_tensors(folder / TENSORS), resume)
 
 
 def _read_json(path: Path) -> dict:
@@ -302,7 +309,10 @@ def _pair(model: nn.Module, name: str, parts: _Folder, folder: Path) -> list[tup
     for (key, method), part in zip(
         attached(model, "load").adapters[name].items(), parts.methods, strict=True
     ):
-        pairs += _pair_tensors(method.tensors(model, name, key), part.tensors, model, folder)
+        if part.resume:
+            pairs += _pair_tensors(method.resume(model, name, key), part.resume, model, folder)
+        else:
+            pairs += _pair_tensors(method.tensors(model, name, key), part.tensors, model, folder)
     return pairs + _pair_tensors(head_tensors(model, name), parts.head, model, folder)
 
 

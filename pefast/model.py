@@ -33,6 +33,7 @@ class Attached:
         self.router = Router()
         self.adapters: dict[str, dict[str, object]] = {}
         self.merged: tuple[str, ...] = ()
+        self.on: tuple[str, ...] = ()  # adapters whose methods were told that they compute
         self.frozen: set[str] = set()  # adapters that compute and do not train
         self.trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -72,7 +73,7 @@ def attach(model: nn.Module, method, name: str = "default", *, head: bool = True
     except ValueError:
         detach(model, name)
         raise
-    for path in heads(model) if head else ():
+    for path in heads(model) if head and all(each.heads for each in methods) else ():
         part = model.get_submodule(path)
         add_head(part, state.router, name, head_copy(part))
     activate(model, name)
@@ -125,7 +126,9 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         _known(state, (name,), "detach")
     if state.merged:
         unmerge(model)
-    for each in list(state.adapters) if name is None else [name]:
+    gone = list(state.adapters) if name is None else [name]
+    _switch(model, state, tuple(each for each in state.on if each not in gone))
+    for each in gone:
         state.frozen.discard(each)
         for key, method in state.adapters.pop(each).items():
             method.leave(model, each, key)
@@ -154,10 +157,23 @@ def activate(model: nn.Module, name: str | Sequence[str] | None) -> nn.Module:
     if state.merged:
         raise ValueError("activate: the model is merged; unmerge it first")
     state.router.activate(names)
+    _switch(model, state, names)
     for each in state.adapters:
         for parameter in parameters_of(model, each).values():
             parameter.requires_grad_(each in names and each not in state.frozen)
     return model
+
+
+def _switch(model: nn.Module, state: Attached, names: tuple[str, ...]) -> None:
+    """Tells the methods of each adapter that begins or ceases to compute; those that cease come first."""
+    before, state.on = state.on, names
+    for group, on in (
+        ([n for n in before if n not in names], False),
+        ([n for n in names if n not in before], True),
+    ):
+        for each in group:
+            for key, method in state.adapters[each].items():
+                method.switch(model, each, key, on)
 
 
 def parameters_of(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -166,7 +182,7 @@ def parameters_of(model: nn.Module, name: str) -> dict[str, Tensor]:
     found = {}
     for key, method in state.adapters[name].items():
         found |= {
-            f"{key}/{file_name}": tensor for file_name, tensor in method.tensors(model, name, key).items()
+            f"{key}/{file_name}": tensor for file_name, tensor in method.parameters(model, name, key).items()
         }
     return found | {f"head/{path}": tensor for path, tensor in head_tensors(model, name).items()}
 
@@ -184,28 +200,31 @@ def head_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """Inside this context row i of a batch computes with adapter names[i]; None is the base model.
 
-    Raises ValueError for a name that is not attached, for adapters with a Prompt, or while the model is
-    merged.
+    Raises ValueError for a name that is not attached, for adapters with a method that is one for the whole
+    batch, or while the model is merged.
     """
     state = attached(model, "route")
     used = tuple(dict.fromkeys(each for each in names if each is not None))
     _known(state, used, "route")
     if state.merged:
         raise ValueError("route: the model is merged; unmerge it first")
-    if odd := [
-        each for each in used if any(method.kind == "prompt" for method in state.adapters[each].values())
-    ]:
-        raise ValueError(
-            f"route: adapters {odd} have a Prompt, which changes a row's length; activate takes one at a time"
-        )
+    for each in used:
+        for method in state.adapters[each].values():
+            if not method.routes:
+                raise ValueError(
+                    f"route: adapter {each!r} has a {type(method).__name__}, which is one for all rows;"
+                    " activate takes such adapters"
+                )
     active = state.router.active
     device = next(model.parameters()).device
     rows = torch.tensor([-1 if each is None else used.index(each) for each in names], device=device)
+    _switch(model, state, used)
     state.router.route(used, rows)
     try:
         yield model
     finally:
         state.router.activate(active)
+        _switch(model, state, active)
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -223,10 +242,14 @@ def merge(model: nn.Module) -> nn.Module:
     if odd := {
         method.kind for name in names for method in state.adapters[name].values() if not method.merges
     }:
-        raise ValueError(f"merge: {', '.join(sorted(odd))} cannot be added to a weight; only LoRA can")
+        can = ", ".join(method.__name__ for method in METHODS.values() if method.merges)
+        raise ValueError(f"merge: {', '.join(sorted(odd))} cannot be added to a weight; {can} can")
     state.merged = names
     for _, host in hosts(model):
         merge_deltas(host, names)
+    for name in names:
+        for key, method in state.adapters[name].items():
+            method.merge(model, name, key)
     return model
 
 
@@ -235,6 +258,9 @@ def unmerge(model: nn.Module) -> nn.Module:
     state = attached(model, "unmerge")
     if not state.merged:
         raise ValueError("unmerge: the model is not merged")
+    for name in reversed(state.merged):
+        for key, method in state.adapters[name].items():
+            method.unmerge(model, name, key)
     for _, host in hosts(model):
         unmerge_deltas(host)
     state.merged = ()

@@ -16,11 +16,12 @@ from pefast.architectures import Sublayer, blocks
 from pefast.formats import format_of
 from pefast.layers.hosts import Across, After, Tap, add_delta
 from pefast.layers.lowrank import check_activation, check_rate, master_dtype
+from pefast.methods.method import Method
 from pefast.methods.places import deltas_of
 
 
 @dataclass
-class Adapter:
+class Adapter(Method):
     """scale · (σ(dropout(x) aᵀ + c) bᵀ + d) in each chosen block; b and d zero, so it starts as the base
     model.
 
@@ -42,7 +43,7 @@ class Adapter:
     layers: Sequence[int] | None = None
 
     kind: ClassVar[str] = "adapter"
-    merges: ClassVar[bool] = False
+    peft_types: ClassVar[tuple[str, ...]] = ("PEFAST_ADAPTER",)
 
     def check(self) -> None:
         """Raises ValueError for settings that no model could take."""

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from pefast.formats import format_of
 from pefast.layers.hosts import add_delta
 from pefast.layers.lowrank import LowRank, check_rate, lora_scale, master_dtype
+from pefast.methods.method import Method
 from pefast.methods.places import check_expression, deltas_of, pick_linears
 
 
 @dataclass
-class LoRA:
+class LoRA(Method):
     """scale · dropout(x) aᵀ bᵀ beside each chosen linear layer; a random, b zero, so it starts as the base
     model.
 
@@ -43,6 +44,7 @@ class LoRA:
     alphas: dict[str, float] | None = None
 
     kind: ClassVar[str] = "lora"
+    peft_types: ClassVar[tuple[str, ...]] = ("LORA",)
     merges: ClassVar[bool] = True
 
     def check(self) -> None:
@@ -67,9 +69,6 @@ class LoRA:
             add_delta(
                 linear, router, name, key, LowRank(rank, k, n, scale=scale, dropout=self.dropout, **place)
             )
-
-    def leave(self, model: nn.Module, name: str, key: str) -> None:
-        """Nothing of its own to undo: the hosts drop their deltas."""
 
     def tensors(self, model: nn.Module, name: str, key: str) -> dict[str, Tensor]:
         """Its parameters under the names that the file gives them."""

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from pefast.architectures import backbone
 from pefast.layers.lowrank import master_dtype
 from pefast.layers.prompt_host import PromptTokens, add_prompt, drop_prompt
+from pefast.methods.method import Method
 
 
 @dataclass
-class Prompt:
+class Prompt(Method):
     """`tokens` trained vectors of the embeddings' width before every input. It does not start as the base
     model.
 
@@ -36,7 +37,9 @@ class Prompt:
     place: str = "start"
 
     kind: ClassVar[str] = "prompt"
-    merges: ClassVar[bool] = False
+    peft_types: ClassVar[tuple[str, ...]] = ("PROMPT_TUNING",)
+    prompt_learning: ClassVar[bool] = True
+    routes: ClassVar[bool] = False
 
     def check(self) -> None:
         """Raises ValueError for settings that no model could take."""

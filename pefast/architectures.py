@@ -12,6 +12,8 @@ class Sublayer(NamedTuple):
     kind: str  # attention, feedforward or cross
     entry: str  # path inside the block; | parts alternatives, the first that is there counts
     exit: str
+    stream: str = ""  # its input is the residual stream that the sublayer is added to; empty: not known
+    norm: str = ""  # what the sum goes through before it is the stream again; empty: nothing
 
 
 class Family(NamedTuple):
@@ -24,36 +26,51 @@ class Family(NamedTuple):
 _BERT = Family(
     r"encoder\.layer\.\d+",
     (
-        Sublayer("attention", "attention.self.query", "attention.output.dense"),
-        Sublayer("feedforward", "intermediate.dense", "output.dense"),
+        Sublayer(
+            "attention",
+            "attention.self.query",
+            "attention.output.dense",
+            "attention.self.query",
+            "attention.output.LayerNorm",
+        ),
+        Sublayer(
+            "feedforward", "intermediate.dense", "output.dense", "intermediate.dense", "output.LayerNorm"
+        ),
     ),
 )
 _LLAMA = Family(
     r"layers\.\d+",
     (
-        Sublayer("attention", "self_attn.q_proj", "self_attn.o_proj"),
-        Sublayer("feedforward", "mlp.gate_proj", "mlp.down_proj"),
+        Sublayer("attention", "self_attn.q_proj", "self_attn.o_proj", "input_layernorm"),
+        Sublayer("feedforward", "mlp.gate_proj", "mlp.down_proj", "post_attention_layernorm"),
     ),
 )
+# a norm of their own between a sublayer and the sum: the stream cannot be read from one place
+_GEMMA2 = Family(_LLAMA.blocks, tuple(each._replace(stream="") for each in _LLAMA.sublayers))
 _GPT2 = Family(
     r"h\.\d+",
-    (Sublayer("attention", "attn.c_attn", "attn.c_proj"), Sublayer("feedforward", "mlp.c_fc", "mlp.c_proj")),
+    (
+        Sublayer("attention", "attn.c_attn", "attn.c_proj", "ln_1"),
+        Sublayer("feedforward", "mlp.c_fc", "mlp.c_proj", "ln_2"),
+    ),
 )
 _T5 = Family(
     r"(encoder|decoder)\.block\.\d+",
     (
-        Sublayer("attention", "layer.0.SelfAttention.q", "layer.0.SelfAttention.o"),
-        Sublayer("cross", "layer.1.EncDecAttention.q", "layer.1.EncDecAttention.o"),
+        Sublayer("attention", "layer.0.SelfAttention.q", "layer.0.SelfAttention.o", "layer.0.layer_norm"),
+        Sublayer("cross", "layer.1.EncDecAttention.q", "layer.1.EncDecAttention.o", "layer.1.layer_norm"),
         Sublayer(
             "feedforward",
             "layer.2.DenseReluDense.wi|layer.2.DenseReluDense.wi_0|layer.1.DenseReluDense.wi|layer.1.DenseReluDense.wi_0",
             "layer.2.DenseReluDense.wo|layer.1.DenseReluDense.wo",
+            "layer.2.layer_norm|layer.1.layer_norm",
         ),
     ),
 )
 FAMILIES = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "camembert"), _BERT),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "smollm3", "olmo2"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "smollm3"), _LLAMA),
+    **dict.fromkeys(("gemma2", "olmo2"), _GEMMA2),
     "gpt2": _GPT2,
     **dict.fromkeys(("t5", "mt5"), _T5),
 }
@@ -101,11 +118,14 @@ def blocks(model: nn.Module, who: str) -> list[Block]:
 
 
 def _present(sublayers: tuple[Sublayer, ...], whole: str, names: set[str]):
-    for kind, entry, exit in sublayers:
-        entry = next((path for path in entry.split("|") if path in names), None)
-        exit = next((path for path in exit.split("|") if path in names), None)
-        if entry and exit:
-            yield Sublayer(kind, f"{whole}.{entry}", f"{whole}.{exit}")
+    for kind, *places in sublayers:
+        # the first alternative that the block has, with its whole path; empty where there is none
+        found = [
+            next((f"{whole}.{path}" for path in each.split("|") if path and path in names), "")
+            for each in places
+        ]
+        if found[0] and found[1]:
+            yield Sublayer(kind, *found)
 
 
 def heads(model: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ from pefast.layers import attention
 from pefast.layers.chunked_loss import ChunkedLoss
 from pefast.layers.counter_dropout import CounterDropout
 from pefast.layers.fused_lora import FusedLoRALinear
-from pefast.layers.hosts import After, DeltaHost
+from pefast.layers.hosts import DeltaHost, ModuleHost
 from pefast.layers.lowrank import LowRank
 from pefast.layers.on_peft import PeftLinear
 from pefast.ops.delta_linear import OP, Call, Segment
@@ -68,12 +68,14 @@ def _host_line(host: DeltaHost, deltas: list[tuple[str, str, LowRank]]) -> str:
     what = " + ".join(f"{key} of {name}" for name, key, _ in deltas)
     segments = []
     for _, _, delta in deltas:
-        if not isinstance(delta, After):
+        if delta.rides:
             segments.append(
                 Segment(delta.a, delta.b, delta.scale, delta.activation, delta.c, delta.d, delta.dropout)
             )
     if not deltas:
         return "frozen layer alone, no active adapter"
+    if isinstance(host, ModuleHost):
+        return f"{what}: beside the whole module, eager"
     return _line(what, host, segments) if segments else f"{what}: after the frozen layer, eager"
 
 

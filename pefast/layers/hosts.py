@@ -9,31 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pefast.formats import FORMATS
+from pefast.layers.bottleneck import After, Beside
 from pefast.layers.in_place import mix_in, own_class, take_out
 from pefast.layers.lowrank import LowRank
 from pefast.layers.router import Router
 from pefast.ops.delta_linear import delta_linear
-
-
-class Across(LowRank):
-    """A delta from the input of one linear to the output of a later one in the same block."""
-
-    h: Tensor | None = None  # [..., R]  on its way from the entry to the exit
-
-
-class After(LowRank):
-    """A delta of a linear's own output: y + scale · (σ(y aᵀ + c) bᵀ + d)."""
-
-
-class Tap:
-    """A forward pre-hook at the entry of an Across delta: computes its waist as the input passes by."""
-
-    def __init__(self, delta: Across, name: str, router: Router):
-        self.delta, self.name, self.router = delta, name, router
-
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        if any(name == self.name for name, _ in self.router.turns):
-            self.delta.h = self.delta.waist(args[0])
 
 
 class DeltaHost(nn.Module):
@@ -52,30 +32,36 @@ class DeltaHost(nn.Module):
             for name, index in self.router.turns:
                 if name in self.deltas:
                     for delta in self.deltas[name].values():
-                        if isinstance(delta, After):
-                            after.append((delta, index))
+                        if delta.rides:
+                            segments.append(delta.segment(index))
                         else:
-                            segments.append(_segment(delta, index))
+                            after.append((delta, index))
         if not segments and not after:
             return super().forward(x)
         ids = self.router.rows
         weight = FORMATS[self.format].weight(self)
         y = delta_linear(x, weight, tuple(segments), self.bias, ids=ids) if segments else super().forward(x)
         for delta, index in after:
-            step = delta(y).to(y.dtype)
+            step = (delta(x) if isinstance(delta, Beside) else delta.step(y)).to(y.dtype)
             y = y + (step if index is None else step * row_mask(ids, index, step))
         return y
 
 
-def _segment(delta: LowRank, index: int | None):
-    if not isinstance(delta, Across):
-        return delta.segment(index)
-    if delta.h is None:
-        raise RuntimeError(
-            "pefast: an adapter's block ran its last layer without its first; its waist is not there"
-        )
-    segment, delta.h = delta.segment(index, delta.h), None
-    return segment
+class ModuleHost(DeltaHost):
+    """Any other module with deltas: they read what goes into it, or what comes out, and are added to that."""
+
+    hosts_deltas = True
+
+    def forward(self, *args, **kwargs):
+        output = super(DeltaHost, self).forward(*args, **kwargs)
+        y = output[0] if isinstance(output, tuple) else output
+        for name, index in self.router.turns:
+            if name in self.deltas:
+                for delta in self.deltas[name].values():
+                    read = y if isinstance(delta, After) else args[0] if args else kwargs["hidden_states"]
+                    step = delta(read).to(y.dtype)
+                    y = y + (step if index is None else step * row_mask(self.router.rows, index, step))
+        return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
 def row_mask(rows: Tensor, index: int, like: Tensor) -> Tensor:
@@ -84,15 +70,15 @@ def row_mask(rows: Tensor, index: int, like: Tensor) -> Tensor:
 
 
 def host(linear: nn.Module, router: Router) -> None:
-    """Makes a linear layer a host, in place. Its own parameters stay what they are."""
+    """Makes a layer a host, in place. Its own parameters stay what they are."""
     if not isinstance(linear, DeltaHost):
-        linear.format = next(name for name, form in FORMATS.items() if form.knows(linear))
-        mix_in(linear, DeltaHost, "Delta")
+        linear.format = next((name for name, form in FORMATS.items() if form.knows(linear)), "")
+        mix_in(linear, DeltaHost if linear.format else ModuleHost, "Delta")
         linear.deltas, linear.router, linear.merged, linear.unmerged = nn.ModuleDict(), router, (), None
 
 
 def add_delta(linear: nn.Module, router: Router, name: str, key: str, delta: LowRank) -> None:
-    """Puts a delta on a linear layer, which becomes a host if it is none."""
+    """Puts a delta on a layer, which becomes a host if it is none."""
     host(linear, router)
     if name not in linear.deltas:
         linear.deltas[name] = nn.ModuleDict()

@@ -45,6 +45,8 @@ class LowRank(nn.Module):
     A LoRA has σ = identity and neither c nor d. b and d start at zero, so a new delta changes nothing.
     """
 
+    rides = True  # whether a frozen product can carry it; otherwise its host adds what `step` gives
+
     def __init__(
         self,
         rank: int,

@@ -72,8 +72,25 @@ def _matches(path: str, targets) -> bool:
 
 
 def _in_layers(path: str, layers: Sequence[int] | None) -> bool:
+    return layers is None or block_number(path) in layers
+
+
+def block_number(path: str) -> int | None:
+    """The number of the block that a path leads into; None for one that leads into none."""
     number = re.search(r"\.(\d+)\.", f".{path}.")
-    return layers is None or (number is not None and int(number[1]) in layers)
+    return None if number is None else int(number[1])
+
+
+def pick_modules(model: nn.Module, names, layers: Sequence[int] | None, who: str) -> list[str]:
+    """Paths of the modules of any kind that names or a regular expression mean. Raises ValueError where none
+    matches."""
+    if isinstance(names, str):
+        check_expression(who, names)
+    paths = [path for path, _ in model.named_modules() if path]
+    chosen = [path for path in paths if _matches(path, names) and _in_layers(path, layers)]
+    if not chosen:
+        raise ValueError(f"{who}: no module matches {names!r}; names look like {', '.join(_some(paths))}")
+    return chosen
 
 
 def _some(names: list[str]) -> list[str]:

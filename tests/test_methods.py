@@ -46,6 +46,13 @@ CASES = {
     ],
     "adapter parallel": [Adapter(size=6, scale=1.5)],
     "adapter serial": [Adapter(size=6, parallel=False, activation="gelu")],
+    "adapter on the stream": [
+        Adapter(size=6, parallel=False, reads="stream", norm="both", sizes={1: 3}, activation="silu")
+    ],
+    "adapter around modules": [
+        Adapter(size=5, modules=["attention", "mlp", "DenseReluDense", "v_proj", "value", "wi"], norm="in"),
+        Adapter(size=4, modules=["mlp", "v_proj", "value", "c_attn", "wi"]),
+    ],
     "prompt": [Prompt(tokens=3)],
     "prompt after first": [Prompt(tokens=3, place="after_first")],
     "hybrid": [LoRA(rank=4), Adapter(size=6), Adapter(size=3, parallel=False), Prompt(tokens=3)],

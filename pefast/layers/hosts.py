@@ -91,7 +91,7 @@ def drop_deltas(linear: DeltaHost, name: str) -> None:
         del linear.deltas[name]
     if not linear.deltas:
         del linear.format, linear.deltas, linear.router, linear.merged, linear.unmerged
-        take_out(linear, DeltaHost)
+        take_out(linear, ModuleHost if isinstance(linear, ModuleHost) else DeltaHost)
 
 
 @torch.no_grad()

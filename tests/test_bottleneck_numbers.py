@@ -1,4 +1,4 @@
-"""Adapters compute what the library `adapters` 1.3.0 computes: hidden states and gradients, number for number.
+"""Adapters give the hidden states and gradients of the library `adapters` 1.3.0, number for number.
 
 The library needs transformers 4.57; tests/fixtures/make_adapters_fixture.py ran it and wrote its numbers.
 """

@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
 
 #include "check.h"
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/delta_linear.h"
+#include "cpu/delta_linear_decode.h"
 #include "cpu/dropout.h"
 #include "cpu/isa.h"
 #include "cpu/pack.h"
@@ -111,6 +113,72 @@ void delta_linear_backward_door(uintptr_t x, int64_t ldx, uintptr_t dy, int64_t 
          waist(a, a_fp32, b, b_fp32, R, scale, p, seed), at<bf16>(dx), at<float>(da), at<float>(db)},
         threads);
 }
+
+// 16 numbers of a contiguous parameter, hashed: as weight_mark
+uint64_t parameter_mark(uintptr_t address, int64_t bytes) {
+    const int64_t SAMPLES = 16;
+    uint64_t mark = 0xcbf29ce484222325;
+    for (int64_t i = 0; i < SAMPLES && bytes >= 2; ++i)
+        mark = (mark ^ at<const bf16>(address)[i * (bytes / 2) / SAMPLES].bits) * 0x100000001b3;
+    return mark;
+}
+
+// Everything about a layer and the adapters of its rows that stays from one decoding step to the next.
+class DecodePlan {
+  public:
+    // row, a, b, R, scale
+    using Delta = std::tuple<int64_t, uintptr_t, uintptr_t, int64_t, float>;
+    // address, bytes, mark
+    using Parameter = std::tuple<uintptr_t, int64_t, uint64_t>;
+
+    DecodePlan(uintptr_t w, int64_t stride_n, int64_t stride_k, uint64_t mark, uintptr_t packed,
+               uintptr_t bias, bool bias_fp32, int64_t N, int64_t K, int64_t M,
+               const std::vector<Delta>& given, std::vector<Parameter> parameters)
+        : w(w), stride_n(stride_n), stride_k(stride_k), mark(mark), parameters(std::move(parameters)) {
+        check_sizes(M, N, K, 1, 0, 1);
+        check(M <= DECODE_ROWS, "delta_linear: a decoding step of ", M, " rows; up to ", DECODE_ROWS,
+              " would be right");
+        int64_t last = 0;
+        for (const auto& [row, a, b, R, scale] : given) {
+            check(row >= last && row < M && R > 0 && a && b, "delta_linear: row ", row, " of rank ", R,
+                  "; rows in order and below ", M, ", and ranks above 0, would be right");
+            deltas.push_back({row, at<const bf16>(a), at<const bf16>(b), R, scale});
+            last = row;
+        }
+        call = {M,
+                N,
+                K,
+                nullptr,
+                K,
+                at<const bf16>(packed),
+                {at<void>(bias), bias_fp32},
+                deltas.data(),
+                static_cast<int64_t>(deltas.size()),
+                nullptr};
+    }
+    DecodePlan(const DecodePlan&) = delete;
+
+    // false, and nothing done, where w or a parameter is no longer what was packed
+    bool run(uintptr_t x, int64_t ldx, uintptr_t y, int threads) const {
+        check_threads("delta_linear", threads);
+        check_matrix("delta_linear", "x", at<void>(x), call.M, call.K, ldx);
+        if (weight_mark(at<const bf16>(w), stride_n, stride_k, call.N, call.K) != mark) return false;
+        for (const auto& [address, bytes, before] : parameters)
+            if (parameter_mark(address, bytes) != before) return false;
+        Decode now = call;
+        now.x = at<const bf16>(x), now.ldx = ldx, now.y = at<bf16>(y);
+        delta_linear_decode(now, threads);
+        return true;
+    }
+
+  private:
+    const uintptr_t w;
+    const int64_t stride_n, stride_k;
+    const uint64_t mark;
+    const std::vector<Parameter> parameters;
+    std::vector<RowDelta> deltas;
+    Decode call;
+};
 
 // a tensor [batch, heads, rows, D]: its address, and its strides but the last, which is 1
 using Place = std::array<int64_t, 4>;
@@ -216,6 +284,13 @@ PYBIND11_MODULE(_C, m) {
           "y and h; False where w was written to since its mark.", py::call_guard<py::gil_scoped_release>());
     m.def("delta_linear_backward", &delta_linear_backward_door,
           "dx, da and db; those of address 0 are left out.", py::call_guard<py::gil_scoped_release>());
+    m.attr("DECODE_ROWS") = DECODE_ROWS;
+    m.def("parameter_mark", &parameter_mark, "A mark of a contiguous parameter that tells writes to it.");
+    py::class_<DecodePlan>(m, "DecodePlan", "A layer and the adapters of each row, for many decoding steps.")
+        .def(py::init<uintptr_t, int64_t, int64_t, uint64_t, uintptr_t, uintptr_t, bool, int64_t, int64_t,
+                      int64_t, std::vector<DecodePlan::Delta>, std::vector<DecodePlan::Parameter>>())
+        .def("run", &DecodePlan::run, "y; False where something was written to since it was packed.",
+             py::call_guard<py::gil_scoped_release>());
     m.def("attention_here", &attention_here, "Whether attention's kernels run on this processor.");
     m.def("attention_forward", &attention_forward_door, "o, and the logsumexp of each row.",
           py::call_guard<py::gil_scoped_release>());

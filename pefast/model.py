@@ -216,10 +216,9 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
                     " activate takes such adapters"
                 )
     active = state.router.active
-    device = next(model.parameters()).device
-    rows = torch.tensor([-1 if each is None else used.index(each) for each in names], device=device)
+    ids = tuple(-1 if each is None else used.index(each) for each in names)
     _switch(model, state, used)
-    state.router.route(used, rows)
+    state.router.route(used, ids, next(model.parameters()).device)
     try:
         yield model
     finally:

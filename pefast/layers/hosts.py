@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pefast.formats import FORMATS
 from pefast.layers.bottleneck import After, Beside
+from pefast.layers.decode import decoded, forget
 from pefast.layers.in_place import mix_in, own_class, take_out
 from pefast.layers.lowrank import LowRank
 from pefast.layers.router import Router
@@ -27,6 +28,8 @@ class DeltaHost(nn.Module):
     unmerged: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        if not torch.is_grad_enabled() and (y := decoded(self, x)) is not None:
+            return y
         segments, after = [], []
         if not self.merged:
             for name, index in self.router.turns:
@@ -82,11 +85,13 @@ def add_delta(linear: nn.Module, router: Router, name: str, key: str, delta: Low
     host(linear, router)
     if name not in linear.deltas:
         linear.deltas[name] = nn.ModuleDict()
+    forget(linear)
     linear.deltas[name][key] = delta.train(linear.training)
 
 
 def drop_deltas(linear: DeltaHost, name: str) -> None:
     """Takes an adapter's deltas off; the last one to go gives the layer its own class back."""
+    forget(linear)
     if name in linear.deltas:
         del linear.deltas[name]
     if not linear.deltas:

@@ -1,5 +1,6 @@
 """Which adapters of a model compute: for the whole batch, or row by row."""
 
+import torch
 from torch import Tensor
 
 
@@ -14,15 +15,16 @@ class Router:
     def __init__(self):
         self.active: tuple[str, ...] = ()
         self.turns: tuple[tuple[str, int | None], ...] = ()
-        self.rows: Tensor | None = None
+        self.ids: tuple[int, ...] | None = None
+        self.rows: Tensor | None = None  # the ids as a tensor
 
     def activate(self, names: tuple[str, ...]) -> None:
         """These adapters compute, together, on every row."""
         self.active = names
         self.turns = tuple((name, None) for name in names)
-        self.rows = None
+        self.ids = self.rows = None
 
-    def route(self, turns: tuple[str, ...], rows: Tensor) -> None:
-        """Sequence i computes with adapter turns[rows[i]], or with none where rows[i] is -1."""
+    def route(self, turns: tuple[str, ...], ids: tuple[int, ...], device) -> None:
+        """Sequence i computes with adapter turns[ids[i]], or with none where ids[i] is -1."""
         self.turns = tuple((name, i) for i, name in enumerate(turns))
-        self.rows = rows
+        self.ids, self.rows = ids, torch.tensor(ids, device=device)

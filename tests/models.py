@@ -79,6 +79,13 @@ def inputs(family: str, rows: int = 3, length: int = 9) -> dict[str, Tensor]:
     return fed
 
 
+class Numbers:
+    """A tokenizer whose words are the numbers of its tokens."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
 def stir(model: nn.Module, seed: int = 3, size: float = 0.1) -> nn.Module:
     """Moves every parameter that trains, as training would: afterwards no delta is zero. In place."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "FusedLoRALinear": "layers",
     "LoRA": "methods",
+    "IA3": "methods",
     "Adapter": "methods",
     "Prompt": "methods",
     "accelerate": "acceleration",
@@ -29,6 +30,7 @@ _HOMES = {
 _ROOMS = ("ops", "layers", "methods", "formats", "kernels", "native", "tasks", "testing")
 
 __all__ = [
+    "IA3",
     "Adapter",
     "FusedLoRALinear",
     "LoRA",
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from pefast.checkpoint import load, save
     from pefast.dispatch import backend
     from pefast.layers import FusedLoRALinear
-    from pefast.methods import Adapter, LoRA, Prompt
+    from pefast.methods import IA3, Adapter, LoRA, Prompt
     from pefast.model import activate, attach, detach, merge, route, unmerge
     from pefast.report import explain
 

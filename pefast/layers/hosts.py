@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pefast.formats import FORMATS
 from pefast.layers.bottleneck import After, Beside
 from pefast.layers.decode import decoded, forget
+from pefast.layers.gain import multiplied
 from pefast.layers.in_place import mix_in, own_class, take_out
 from pefast.layers.lowrank import LowRank
 from pefast.layers.router import Router
@@ -25,25 +26,35 @@ class DeltaHost(nn.Module):
     deltas: nn.ModuleDict
     router: Router
     merged: tuple[str, ...]
-    unmerged: Tensor | None
+    unmerged: dict[str, Tensor]
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
         if not torch.is_grad_enabled() and (y := decoded(self, x)) is not None:
             return y
-        segments, after = [], []
-        if not self.merged:
-            for name, index in self.router.turns:
-                if name in self.deltas:
-                    for delta in self.deltas[name].values():
-                        if delta.rides:
-                            segments.append(delta.segment(index))
-                        else:
-                            after.append((delta, index))
-        if not segments and not after:
+        if self.merged:
             return super().forward(x)
-        ids = self.router.rows
+        segments, after, gains = [], [], {}
         weight = FORMATS[self.format].weight(self)
-        y = delta_linear(x, weight, tuple(segments), self.bias, ids=ids) if segments else super().forward(x)
+        for name, index in self.router.turns:
+            if name in self.deltas:
+                for delta in self.deltas[name].values():
+                    if delta.gains:
+                        gains.setdefault(delta.gains, []).append((delta.gain(weight), index))
+                    if delta.rides:
+                        segments.append(delta.segment(index))
+                    elif not delta.gains:
+                        after.append((delta, index))
+        ids, bias = self.router.rows, self.bias
+        if "input" in gains:
+            x = multiplied(x, gains["input"], ids)
+        if "product" in gains:
+            y = multiplied(
+                delta_linear(x, weight, tuple(segments), None, ids=ids), gains["product"], ids, bias
+            )
+        else:
+            y = delta_linear(x, weight, tuple(segments), bias, ids=ids) if segments else super().forward(x)
+        if "output" in gains:
+            y = multiplied(y, gains["output"], ids)
         for delta, index in after:
             step = (delta(x) if isinstance(delta, Beside) else delta.step(y)).to(y.dtype)
             y = y + (step if index is None else step * row_mask(ids, index, step))
@@ -77,7 +88,7 @@ def host(linear: nn.Module, router: Router) -> None:
     if not isinstance(linear, DeltaHost):
         linear.format = next((name for name, form in FORMATS.items() if form.knows(linear)), "")
         mix_in(linear, DeltaHost if linear.format else ModuleHost, "Delta")
-        linear.deltas, linear.router, linear.merged, linear.unmerged = nn.ModuleDict(), router, (), None
+        linear.deltas, linear.router, linear.merged, linear.unmerged = nn.ModuleDict(), router, (), {}
 
 
 def add_delta(linear: nn.Module, router: Router, name: str, key: str, delta: LowRank) -> None:
@@ -101,23 +112,38 @@ def drop_deltas(linear: DeltaHost, name: str) -> None:
 
 @torch.no_grad()
 def merge_deltas(linear: DeltaHost, names: tuple[str, ...]) -> None:
-    """Adds adapters' deltas to the weight, summed in fp32 or wider, rounded once; keeps what it was."""
+    """Puts adapters' deltas and gains into weight and bias, in fp32 or wider, rounded once; keeps what they
+    were."""
     deltas = [delta for name in names if name in linear.deltas for delta in linear.deltas[name].values()]
     linear.merged = names
     if not deltas:
         return
-    weight = FORMATS[linear.format].weight(linear)  # [N, K]
-    linear.unmerged = linear.weight.detach().clone()
-    total = sum(delta.delta_weight() for delta in deltas)
-    weight.copy_((weight + total.to(weight.device)).to(weight.dtype))
+    weight, bias = FORMATS[linear.format].weight(linear), linear.bias  # [N, K], [N]
+    linear.unmerged = {
+        name: own.detach().clone()
+        for name, own in (("weight", linear.weight), ("bias", bias))
+        if own is not None
+    }
+    gains = {
+        at: [delta.gain(weight) for delta in deltas if delta.gains == at]
+        for at in ("product", "output", "input")
+    }
+    total = weight + sum(delta.delta_weight().to(weight.device) for delta in deltas if delta.rides)
+    for g in (*gains["product"], *gains["output"]):
+        total = total * g[:, None]
+    for g in gains["input"]:
+        total = total * g
+    weight.copy_(total.to(weight.dtype))
+    for g in gains["output"] if bias is not None else ():
+        bias.copy_((bias * g).to(bias.dtype))
 
 
 @torch.no_grad()
 def unmerge_deltas(linear: DeltaHost) -> None:
-    """Gives the weight back as it was, bit for bit."""
-    if linear.unmerged is not None:
-        linear.weight.copy_(linear.unmerged)
-    linear.merged, linear.unmerged = (), None
+    """Gives weight and bias back as they were, bit for bit."""
+    for name, value in linear.unmerged.items():
+        getattr(linear, name).copy_(value)
+    linear.merged, linear.unmerged = (), {}
 
 
 class HeadHost(nn.Module):

@@ -46,6 +46,7 @@ class LowRank(nn.Module):
     """
 
     rides = True  # whether a frozen product can carry it; otherwise its host adds what `step` gives
+    gains = ""  # what its `gain` multiplies: input, product or output; empty: it has none
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
 """Ways to tune a model: one file a method, and METHODS, by the name that recipes and folders use."""
 
 from pefast.methods.adapter import Adapter
+from pefast.methods.ia3 import IA3
 from pefast.methods.lora import LoRA
 from pefast.methods.prompt import Prompt
 
-METHODS = {method.kind: method for method in (LoRA, Adapter, Prompt)}
+METHODS = {method.kind: method for method in (LoRA, IA3, Adapter, Prompt)}
 
-__all__ = ["METHODS", "Adapter", "LoRA", "Prompt"]
+__all__ = ["IA3", "METHODS", "Adapter", "LoRA", "Prompt"]

@@ -1,21 +1,28 @@
 """LoRA: a low-rank update beside any linear layer. Hu et al. 2021, arXiv:2106.09685.
 
-Files are Hugging Face PEFT's own: adapter_config.json with peft_type LORA, tensors `<path>.lora_A.weight` [R,
-K] and `<path>.lora_B.weight` [N, R].
+DoRA (Liu et al. 2024, arXiv:2402.09353), rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) and LoRA+ (Hayou et
+al. 2024, arXiv:2402.12354) are settings of it. Files are Hugging Face PEFT's own: adapter_config.json with
+peft_type LORA, tensors `<path>.lora_A.weight` [R, K], `<path>.lora_B.weight` [N, R] and, for DoRA,
+`<path>.lora_magnitude_vector` [N].
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from pefast.formats import format_of
+from pefast.layers.gain import Directed
 from pefast.layers.hosts import add_delta
 from pefast.layers.lowrank import LowRank, check_rate, lora_scale, master_dtype
 from pefast.methods.method import Method
 from pefast.methods.places import check_expression, deltas_of, pick_linears
+
+# what PEFT adds to a layer's path
+_OWN = re.compile(r"\.(lora_[AB]\.weight|lora_magnitude_vector)$")
 
 
 @dataclass
@@ -30,6 +37,8 @@ class LoRA(Method):
     layers      numbers of the blocks to choose from; None: all
     rank, alpha scale is alpha / rank, or alpha / √rank with rslora; alpha None means alpha = rank
     dropout     on x, its own mask for each layer
+    dora        trains the length of each row of the weight apart from its direction
+    plus        LoRA+: the learning rate of b as a multiple of that of a, for pefast.parameter_groups
     ranks, alphas   {path: value} for layers that differ, as PEFT's rank_pattern and alpha_pattern
     """
 
@@ -40,6 +49,8 @@ class LoRA(Method):
     exclude: str | Sequence[str] = ()
     layers: Sequence[int] | None = None
     rslora: bool = False
+    dora: bool = False
+    plus: float = 1.0
     ranks: dict[str, int] | None = None
     alphas: dict[str, float] | None = None
 
@@ -51,6 +62,8 @@ class LoRA(Method):
         """Raises ValueError for settings that no model could take."""
         lora_scale("LoRA", self.rank, self.alpha, self.rslora)
         check_rate("LoRA", self.dropout)
+        if not isinstance(self.plus, Real) or not self.plus > 0:
+            raise ValueError(f"LoRA: plus is {self.plus!r}; a factor above 0 would be right")
         for pattern in (*(self.ranks or {}), *(self.alphas or {})):
             check_expression("LoRA", pattern)
 
@@ -62,13 +75,19 @@ class LoRA(Method):
         """Puts its deltas on the planned layers."""
         for path in plan:
             linear = model.get_submodule(path)
-            n, k = format_of(linear).weight(linear).shape
+            weight = format_of(linear).weight(linear)  # [N, K]
             rank, alpha = _for_path(self.ranks, path, self.rank), _for_path(self.alphas, path, self.alpha)
-            scale = lora_scale("LoRA", rank, alpha, self.rslora)
-            place = {"device": linear.weight.device, "dtype": master_dtype(linear.weight.dtype)}
-            add_delta(
-                linear, router, name, key, LowRank(rank, k, n, scale=scale, dropout=self.dropout, **place)
-            )
+            settings = {
+                "scale": lora_scale("LoRA", rank, alpha, self.rslora),
+                "dropout": self.dropout,
+                "device": linear.weight.device,
+                "dtype": master_dtype(linear.weight.dtype),
+            }
+            if self.dora:
+                delta = Directed(rank, weight, **settings)
+            else:
+                delta = LowRank(rank, *weight.shape[::-1], **settings)
+            add_delta(linear, router, name, key, delta)
 
     def tensors(self, model: nn.Module, name: str, key: str) -> dict[str, Tensor]:
         """Its parameters under the names that the file gives them."""
@@ -76,7 +95,14 @@ class LoRA(Method):
         for path, delta in deltas_of(model, name, key):
             found[f"base_model.model.{path}.lora_A.weight"] = delta.a
             found[f"base_model.model.{path}.lora_B.weight"] = delta.b
+            if self.dora:
+                found[f"base_model.model.{path}.lora_magnitude_vector"] = delta.m
         return found
+
+    def rates(self, model: nn.Module, name: str, key: str) -> dict[str, float]:
+        """LoRA+'s factor, for every b."""
+        names = self.tensors(model, name, key) if self.plus != 1 else ()
+        return {each: self.plus for each in names if each.endswith(".lora_B.weight")}
 
     def config(self, model: nn.Module, name: str, key: str) -> dict:
         """PEFT's adapter_config.json."""
@@ -91,6 +117,8 @@ class LoRA(Method):
             "lora_alpha": self.rank if self.alpha is None else self.alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
+            "use_dora": self.dora,
+            **({"lora_plus": self.plus} if self.plus != 1 else {}),
             "bias": "none",
             "fan_in_fan_out": any(format_of(host).transposed(host) for host in hosts.values()),
             "target_modules": sorted(hosts),
@@ -102,14 +130,13 @@ class LoRA(Method):
     @staticmethod
     def owns(key: str) -> bool:
         """Whether a tensor of that name in a file is the method's own, and not the head's."""
-        return re.search(r"\.lora_[AB]\.weight$", key) is not None
+        return _OWN.search(key) is not None
 
     @classmethod
     def from_config(cls, config: dict, tensors: dict[str, Tensor]) -> "LoRA":
         """The settings of a PEFT checkpoint. Raises ValueError for PEFT options that change the arithmetic
         and are not here."""
         for option in (
-            "use_dora",
             "lora_bias",
             "alora_invocation_tokens",
             "target_parameters",
@@ -122,13 +149,15 @@ class LoRA(Method):
             raise ValueError(
                 f"load: the checkpoint has bias={config['bias']!r}; pefast's LoRA loads bias='none'"
             )
-        paths = {key.removeprefix("base_model.model.").rsplit(".", 2)[0] for key in tensors if cls.owns(key)}
+        paths = {_OWN.sub("", key).removeprefix("base_model.model.") for key in tensors if cls.owns(key)}
         return cls(
             rank=config["r"],
             alpha=config.get("lora_alpha"),
             dropout=config.get("lora_dropout", 0.0),
             targets=sorted(paths),
             rslora=config.get("use_rslora", False),
+            dora=config.get("use_dora", False),
+            plus=config.get("lora_plus", 1.0),
             ranks=config.get("rank_pattern") or None,
             alphas=config.get("alpha_pattern") or None,
         )

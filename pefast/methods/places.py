@@ -36,11 +36,11 @@ def pick_linears(model: nn.Module, targets, exclude=(), layers: Sequence[int] | 
     for path, module in everything.items():
         if module is last or f"{path}.".startswith(closed):
             # named by its whole path, the output embedding can be meant; "all-linear" never means it
-            if module is not last or _is_all(targets) or not _matches(path, targets):
+            if module is not last or _is_all(targets) or not matches(path, targets):
                 continue
         if (
-            (_is_all(targets) or _matches(path, targets))
-            and not (exclude and _matches(path, exclude))
+            (_is_all(targets) or matches(path, targets))
+            and not (exclude and matches(path, exclude))
             and _in_layers(path, layers)
         ):
             chosen.append(path)
@@ -65,7 +65,8 @@ def _is_all(targets) -> bool:
     return isinstance(targets, str) and targets.lower() == "all-linear"
 
 
-def _matches(path: str, targets) -> bool:
+def matches(path: str, targets) -> bool:
+    """Whether names, or a regular expression, mean this path, as they do in PEFT."""
     if isinstance(targets, str):
         return re.fullmatch(targets, path) is not None or path.endswith(f".{targets}")
     return any(path == target or path.endswith(f".{target}") for target in targets)
@@ -87,7 +88,7 @@ def pick_modules(model: nn.Module, names, layers: Sequence[int] | None, who: str
     if isinstance(names, str):
         check_expression(who, names)
     paths = [path for path, _ in model.named_modules() if path]
-    chosen = [path for path in paths if _matches(path, names) and _in_layers(path, layers)]
+    chosen = [path for path in paths if matches(path, names) and _in_layers(path, layers)]
     if not chosen:
         raise ValueError(f"{who}: no module matches {names!r}; names look like {', '.join(_some(paths))}")
     return chosen

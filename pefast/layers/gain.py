@@ -1,0 +1,97 @@
+"""Gains: trained factors on what a layer reads, on its product, or on what it gives.
+
+    x ← x ⊙ l                          (IA)³ where a feed-forward layer reads
+    y = (x wᵀ + s·h bᵀ) ⊙ g + bias     DoRA
+    y ← y ⊙ l                          (IA)³ elsewhere, bias included
+
+Papers: (IA)³, Liu et al. 2022, arXiv:2205.05638; DoRA, Liu et al. 2024, arXiv:2402.09353.
+
+DoRA's g = m / ‖w + s·b a‖, the norm of each of the N rows, as a constant in the gradient (its section 4.3):
+
+    ‖w_n + s·b_n a‖² = ‖w_n‖² + 2s (w aᵀ)_n · b_n + s² b_n (a aᵀ) b_nᵀ
+
+so b a is never made. With several deltas on one layer a gain multiplies all that the product carries.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pefast.layers.lowrank import LowRank
+
+
+class Gain(nn.Module):
+    """One factor for each column, all 1 at the start."""
+
+    rides = False
+
+    def __init__(self, size: int, at: str, device=None, dtype=None):
+        super().__init__()
+        self.gains = at  # "input" or "output"
+        self.l = nn.Parameter(torch.ones(size, device=device, dtype=dtype))  # [K] or [N]
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """The factors."""
+        return self.l
+
+    def extra_repr(self) -> str:
+        return f"{self.l.shape[0]}, on the {self.gains}"
+
+
+class Directed(LowRank):
+    """DoRA: a LoRA that changes the direction of the weight's rows, and m [N], their lengths."""
+
+    gains = "product"
+    squares: tuple[int, int, Tensor] | None = None  # where the weight was, its version, and ‖w_n‖² [N]
+
+    def __init__(self, rank: int, weight: Tensor, **settings):
+        n, k = weight.shape
+        super().__init__(rank, k, n, **settings)
+        # b is zero, so these are the lengths of the weight's rows
+        self.m = nn.Parameter(self._squares(weight).sqrt().to(self.a.dtype))  # [N]
+
+    def gain(self, weight: Tensor) -> Tensor:  # [N, K] -> [N]
+        """g; the norm in fp32 or wider."""
+        return self.m / self.norm(weight)
+
+    @torch.no_grad()
+    def norm(self, weight: Tensor) -> Tensor:  # [N, K] -> [N]
+        """‖w + s·b a‖ of each row."""
+        squares = self._squares(weight)
+        a, b = self.a.to(squares.dtype), self.b.to(squares.dtype) * self.scale
+        # w stays in its own dtype: a copy of it in fp32 would be larger than all else
+        cross = torch.mm(weight, self.a.to(weight.dtype).t()).to(squares.dtype)  # [N, R]
+        own = torch.mm(b, torch.mm(a, a.t()))  # [N, R]
+        # rounding can bring a row of nearly nothing below zero
+        return (squares + ((2 * cross + own) * b).sum(1)).clamp(min=1e-24).sqrt()
+
+    @torch.no_grad()
+    def _squares(self, weight: Tensor) -> Tensor:  # [N, K] -> [N]
+        """‖w_n‖², kept until somebody writes to the weight."""
+        if torch.compiler.is_compiling():
+            return _row_squares(weight)
+        stamp = (weight.data_ptr(), weight._version)
+        if self.squares is None or self.squares[:2] != stamp or self.squares[2].device != weight.device:
+            self.squares = (*stamp, _row_squares(weight))
+        return self.squares[2]
+
+
+def _row_squares(weight: Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+
+
+def multiplied(
+    y: Tensor,  # [B, ..., N]
+    gains: list[tuple[Tensor, int | None]],  # [N] each, and the index of its adapter in a routed batch
+    rows: Tensor | None,  # [B]  the adapter of each sequence
+    bias: Tensor | None = None,  # [N]
+) -> Tensor:
+    """y ⊙ Πg + bias, rounded once; a gain with an index is for that adapter's rows alone."""
+    total = None
+    for g, index in gains:
+        if index is not None:
+            own = (rows == index).view(-1, *[1] * (y.dim() - 1))
+            g = torch.where(own, g, torch.ones_like(g))  # [B, 1, N]
+        total = g if total is None else total * g
+    product = y * total
+    return (product if bias is None else product + bias).to(y.dtype)

@@ -1,0 +1,164 @@
+"""DoRA, (IA)³, LoRA+ and their kin: the numbers and the files of Hugging Face PEFT."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pefast
+from pefast.layers.gain import Directed
+from pefast.model import parameters_of
+from tests.models import assert_close, build, inputs, logits, step, stir, trained
+
+
+# PEFT warns that it flips fan_in_fan_out for Conv1D, and that it does not know pefast's own config keys
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+]
+
+
+def lora(**settings):
+    return peft.LoraConfig(**{"r": 4, "lora_alpha": 9, "target_modules": "all-linear", **settings})
+
+
+# what PEFT makes, and the same as pefast's method
+CASES = {
+    "dora, bert": ("bert", lora(use_dora=True, task_type="SEQ_CLS"), pefast.LoRA(4, 9, dora=True)),
+    "dora, llama": ("llama", lora(use_dora=True, use_rslora=True), pefast.LoRA(4, 9, dora=True, rslora=True)),
+    "dora, gpt2": ("gpt2", lora(use_dora=True, rank_pattern={"c_fc": 2}), pefast.LoRA(4, 9, dora=True)),
+    "dora, t5": ("t5", lora(use_dora=True), pefast.LoRA(4, 9, dora=True)),
+    "ia3, bert": ("bert", peft.IA3Config(task_type="SEQ_CLS"), pefast.IA3()),
+    "ia3, llama": ("llama", peft.IA3Config(), pefast.IA3()),
+    "ia3, gpt2": ("gpt2", peft.IA3Config(), pefast.IA3()),
+    "ia3, t5": ("t5", peft.IA3Config(), pefast.IA3()),
+    "ia3, named": (
+        "llama",
+        peft.IA3Config(target_modules=["q_proj", "up_proj"], feedforward_modules=["up_proj"]),
+        pefast.IA3(targets=["q_proj", "up_proj"], feedforward=["up_proj"]),
+    ),
+}
+every_case = pytest.mark.parametrize("case", list(CASES))
+
+
+def by_peft(case: str):
+    """PEFT's model of the case, moved away from its start, in eval mode."""
+    family, config, _ = CASES[case]
+    return family, stir(peft.get_peft_model(build(family), copy.deepcopy(config)).eval())
+
+
+def tensors(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@every_case
+def test_files_and_numbers_are_those_of_peft(case, tmp_path):
+    family, theirs = by_peft(case)
+    theirs.save_pretrained(tmp_path / "peft")
+    fed, right = inputs(family), logits(theirs, **inputs(family))
+    assert not torch.allclose(right, logits(build(family), **fed), atol=1e-3)
+
+    ours = pefast.load(build(family), tmp_path / "peft")
+    assert_close(logits(ours, **fed), right, 2e-5)
+    pefast.save(ours, tmp_path / "pefast")
+    mine, peers = tensors(tmp_path / "pefast"), tensors(tmp_path / "peft")
+    assert sorted(mine) == sorted(peers)
+    for key, value in peers.items():
+        assert torch.equal(mine[key], value), key
+    again = peft.PeftModel.from_pretrained(build(family), tmp_path / "pefast").eval()
+    assert_close(logits(again, **fed), right, 2e-5)
+
+
+@every_case
+def test_gradients_are_those_of_peft(case, tmp_path):
+    family, theirs = by_peft(case)
+    theirs.save_pretrained(tmp_path / "peft")
+    ours, fed = pefast.load(build(family), tmp_path / "peft"), inputs(family)
+    right = {
+        name.replace(".default", "").replace(".modules_to_save", "").removesuffix(".weight"): gradient
+        for name, gradient in step(theirs, fed)[1].items()
+    }
+    names = {id(parameter): name for name, parameter in trained(ours).items()}
+    _, got = step(ours, fed)
+    found = parameters_of(ours, "default")
+    assert len(found) == len(right)
+    for key, parameter in found.items():
+        kind, key = key.split("/")
+        key = (f"base_model.model.{key}" if kind == "head" else key).removesuffix(".weight")
+        assert_close(got[names[id(parameter)]].flatten(), right[key].flatten(), 1e-4)
+
+
+@every_case
+def test_a_method_of_pefast_goes_to_peft(case, tmp_path):
+    family, _, method = CASES[case]
+    ours = stir(pefast.attach(build(family), method))
+    folder, fed = pefast.save(ours, tmp_path / "pefast"), inputs(family)
+    theirs = peft.PeftModel.from_pretrained(build(family), folder).eval()
+    assert_close(logits(theirs, **fed), logits(ours, **fed), 2e-5)
+
+
+@every_case
+def test_merged_weights_are_those_of_peft(case, tmp_path):
+    family, theirs = by_peft(case)
+    theirs.save_pretrained(tmp_path / "peft")
+    ours = pefast.merge(pefast.load(build(family), tmp_path / "peft"))
+    for name, value in theirs.merge_and_unload().state_dict().items():
+        if ".modules_to_save" not in name and not name.startswith("classifier"):
+            assert_close(ours.state_dict()[name], value, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_norm_without_the_product_is_the_norm(dtype):
+    weight = torch.randn(40, 24, dtype=torch.float64).to(dtype)
+    delta = Directed(5, weight, scale=1.7, dtype=torch.float32 if dtype == torch.bfloat16 else dtype)
+    with torch.no_grad():
+        delta.b.normal_()
+    dense = (weight.double() + delta.delta_weight().double()).norm(dim=1)
+    relative = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float64: 1e-14}[dtype]
+    assert_close(delta.norm(weight).double(), dense, relative)
+    # a weight that somebody wrote to has other lengths
+    weight.mul_(2)
+    dense = (weight.double() + delta.delta_weight().double()).norm(dim=1)
+    assert_close(delta.norm(weight).double(), dense, relative)
+
+
+def test_a_row_that_the_update_cancels_has_a_norm_near_zero_and_no_nan():
+    weight = torch.randn(6, 4)
+    delta = Directed(4, weight, scale=1.0)
+    with torch.no_grad():
+        delta.a.copy_(torch.eye(4))
+        delta.b.copy_(-weight)
+    assert delta.norm(weight).isfinite().all() and delta.gain(weight).isfinite().all()
+
+
+def test_lora_and_factors_on_one_layer_are_one_formula():
+    """(x wᵀ + LoRA + bias) ⊙ l, also merged."""
+    linear = torch.nn.Linear(12, 10)
+    model, x = torch.nn.Sequential(linear), torch.randn(3, 5, 12)
+    w, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
+    pefast.attach(model, [pefast.LoRA(rank=3, dora=True), pefast.LoRA(rank=2), pefast.IA3(targets=["0"])])
+    stir(model)
+    dora, low, factors = (linear.deltas["default"][key] for key in ("lora", "lora_2", "ia3"))
+    with torch.no_grad():
+        own = w + dora.delta_weight()
+        g = dora.m / own.norm(dim=1)
+        right = ((x @ (own + low.delta_weight()).t()) * g + bias) * factors.l
+        assert_close(model(x), right)
+        assert_close(pefast.merge(model)(x), right)
+    pefast.unmerge(model)
+    assert torch.equal(linear.weight, w) and torch.equal(linear.bias, bias)
+
+
+def test_rows_of_one_batch_differ_in_their_factors():
+    model, fed = build("bert"), inputs("bert", rows=4)
+    methods = {"dora": pefast.LoRA(4, dora=True), "ia3": pefast.IA3(), "lora": pefast.LoRA(2)}
+    for seed, (name, method) in enumerate(methods.items()):
+        stir(pefast.attach(model, method, name), seed)
+    names = ["ia3", "dora", None, "lora"]
+    with pefast.route(model, names):
+        got = logits(model, **fed)
+    for row, name in enumerate(names):
+        pefast.activate(model, name)
+        assert_close(got[row], logits(model, **fed)[row])

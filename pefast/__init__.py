@@ -15,6 +15,7 @@ _HOMES = {
     "IA3": "methods",
     "Adapter": "methods",
     "Prompt": "methods",
+    "Prefix": "methods",
     "accelerate": "acceleration",
     "attach": "model",
     "detach": "model",
@@ -34,6 +35,7 @@ __all__ = [
     "Adapter",
     "FusedLoRALinear",
     "LoRA",
+    "Prefix",
     "Prompt",
     "__version__",
     "accelerate",
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from pefast.checkpoint import load, save
     from pefast.dispatch import backend
     from pefast.layers import FusedLoRALinear
-    from pefast.methods import IA3, Adapter, LoRA, Prompt
+    from pefast.methods import IA3, Adapter, LoRA, Prefix, Prompt
     from pefast.model import activate, attach, detach, merge, route, unmerge
     from pefast.report import explain
 

@@ -34,7 +34,7 @@ def accelerate(
     A switch that is False takes its part out again. Weights and names never change; `pefast.explain` lists
     what runs how. Models that pefast.attach made compute their deltas through pefast already.
     """
-    _switch_attention(model, attention)
+    attention_layer.switch(model, attention)
     for name, on in (("dropout", dropout), ("loss", loss), ("peft", peft)):
         rule, mixin, prefix = SWITCHES[name]
         for module in list(model.modules()):
@@ -44,12 +44,3 @@ def accelerate(
             elif on and rule.takes(module):
                 mix_in(module, mixin, prefix)
     return model
-
-
-def _switch_attention(model: nn.Module, on: bool) -> None:
-    for module in model.modules():
-        if on and attention_layer.takes(module):
-            attention_layer.register()
-            module.set_attn_implementation(attention_layer.NAME)
-        elif not on and attention_layer.runs_on(module):
-            module.set_attn_implementation("sdpa")

@@ -158,9 +158,11 @@ def activate(model: nn.Module, name: str | Sequence[str] | None) -> nn.Module:
         raise ValueError("activate: the model is merged; unmerge it first")
     state.router.activate(names)
     _switch(model, state, names)
-    for each in state.adapters:
+    trains = [each for each in names if each not in state.frozen]
+    # those that train come last: adapters may share a parameter
+    for each in (*(each for each in state.adapters if each not in trains), *trains):
         for parameter in parameters_of(model, each).values():
-            parameter.requires_grad_(each in names and each not in state.frozen)
+            parameter.requires_grad_(each in trains)
     return model
 
 

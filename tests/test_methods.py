@@ -32,7 +32,7 @@ from tests.models import (
     trained,
 )
 
-LoRA, Adapter, Prompt = pefast.LoRA, pefast.Adapter, pefast.Prompt
+LoRA, Adapter, Prompt, Prefix = pefast.LoRA, pefast.Adapter, pefast.Prompt, pefast.Prefix
 
 CASES = {
     "lora": [LoRA(rank=4, alpha=6)],
@@ -64,12 +64,17 @@ CASES = {
     "layers": [pefast.Layers(last=1, embeddings=True)],
     "bias": [pefast.Bias()],
     "layers and lora": [pefast.Layers(layers=[-1]), LoRA(rank=4)],
+    "prefix": [Prefix(tokens=3)],
+    "prefix of a network": [Prefix(tokens=3, reparameterize=5)],
+    "prefix without positions": [Prefix(tokens=2, positions="none")],
+    "hybrid with prefix": [LoRA(rank=4), Adapter(size=6), Prefix(tokens=3)],
 }
 DROPPING = {
     "lora": [LoRA(rank=4, dropout=0.3)],
     "adapter parallel": [Adapter(size=6, dropout=0.3)],
     "adapter serial": [Adapter(size=6, dropout=0.3, parallel=False)],
     "hybrid": [LoRA(rank=4, dropout=0.3), Adapter(size=6, dropout=0.3), Prompt(tokens=3)],
+    "hybrid with prefix": [LoRA(rank=4, dropout=0.3), Adapter(size=6), Prefix(tokens=3, reparameterize=4)],
 }
 
 
@@ -113,8 +118,8 @@ def test_it_starts_as_the_base_model_or_says_so(family, case):
     model, fed = build(family), inputs(family)
     right = logits(model, **fed)
     pefast.attach(model, CASES[case])
-    if has_prompt(CASES[case]):
-        assert "does not start as the base model" in " ".join(Prompt.__doc__.split())
+    if elsewhere := [type(method) for method in CASES[case] if method.kind in ("prompt", "prefix")]:
+        assert all("does not start as the base model" in " ".join(each.__doc__.split()) for each in elsewhere)
         assert not torch.allclose(logits(model, **fed), right)
     else:
         assert_close(logits(model, **fed), right, 1e-6)

@@ -3,8 +3,9 @@
 from pefast.methods.adapter import Adapter
 from pefast.methods.ia3 import IA3
 from pefast.methods.lora import LoRA
+from pefast.methods.prefix import Prefix
 from pefast.methods.prompt import Prompt
 
-METHODS = {method.kind: method for method in (LoRA, IA3, Adapter, Prompt)}
+METHODS = {method.kind: method for method in (LoRA, IA3, Adapter, Prompt, Prefix)}
 
-__all__ = ["IA3", "METHODS", "Adapter", "LoRA", "Prompt"]
+__all__ = ["IA3", "METHODS", "Adapter", "LoRA", "Prefix", "Prompt"]

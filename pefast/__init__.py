@@ -16,6 +16,9 @@ _HOMES = {
     "Adapter": "methods",
     "Prompt": "methods",
     "Prefix": "methods",
+    "Full": "methods",
+    "Layers": "methods",
+    "Bias": "methods",
     "accelerate": "acceleration",
     "attach": "model",
     "detach": "model",
@@ -26,6 +29,7 @@ _HOMES = {
     "save": "checkpoint",
     "load": "checkpoint",
     "explain": "report",
+    "parameter_groups": "optimizer",
     "backend": "dispatch",
 }
 _ROOMS = ("ops", "layers", "methods", "formats", "kernels", "native", "tasks", "testing")
@@ -33,7 +37,10 @@ _ROOMS = ("ops", "layers", "methods", "formats", "kernels", "native", "tasks", "
 __all__ = [
     "IA3",
     "Adapter",
+    "Bias",
+    "Full",
     "FusedLoRALinear",
+    "Layers",
     "LoRA",
     "Prefix",
     "Prompt",
@@ -47,6 +54,7 @@ __all__ = [
     "load",
     "merge",
     "ops",
+    "parameter_groups",
     "route",
     "save",
     "unmerge",
@@ -58,8 +66,9 @@ if TYPE_CHECKING:
     from pefast.checkpoint import load, save
     from pefast.dispatch import backend
     from pefast.layers import FusedLoRALinear
-    from pefast.methods import IA3, Adapter, LoRA, Prefix, Prompt
+    from pefast.methods import IA3, Adapter, Bias, Full, Layers, LoRA, Prefix, Prompt
     from pefast.model import activate, attach, detach, merge, route, unmerge
+    from pefast.optimizer import parameter_groups
     from pefast.report import explain
 
 

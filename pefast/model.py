@@ -7,7 +7,6 @@ Everything happens in place and nothing is half done: every check comes before t
 import contextlib
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from pefast.architectures import heads
@@ -24,6 +23,7 @@ from pefast.layers.hosts import (
 from pefast.layers.router import Router
 from pefast.methods import METHODS
 from pefast.methods.places import hosts
+from pefast.methods.replacing import refuse_overlap
 
 
 class Attached:
@@ -35,6 +35,8 @@ class Attached:
         self.merged: tuple[str, ...] = ()
         self.on: tuple[str, ...] = ()  # adapters whose methods were told that they compute
         self.frozen: set[str] = set()  # adapters that compute and do not train
+        self.own = tuple(name for name, _ in model.named_parameters())  # of the base model
+        self.claims: dict[str, list] = {}  # by adapter: what its methods replace of the base model
         self.trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -62,10 +64,12 @@ def attach(model: nn.Module, method, name: str = "default", *, head: bool = True
     _check_attach(methods, name, state)
     plans = [each.plan(model) for each in methods]
     keys = _keys(methods)
+    claims = [(type(each).__name__, each.claims(plan)) for each, plan in zip(methods, plans, strict=True)]
+    refuse_overlap("attach", model, claims)
     if state is None:
         state = model._pefast = Attached(model)
         model.requires_grad_(False)
-    state.adapters[name] = {}
+    state.adapters[name], state.claims[name] = {}, claims
     try:
         for each, key, plan in zip(methods, keys, plans, strict=True):
             each.enter(model, name, key, plan, state.router)
@@ -130,6 +134,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     _switch(model, state, tuple(each for each in state.on if each not in gone))
     for each in gone:
         state.frozen.discard(each)
+        state.claims.pop(each, None)
         for key, method in state.adapters.pop(each).items():
             method.leave(model, each, key)
         for module in list(model.modules()):
@@ -156,6 +161,8 @@ def activate(model: nn.Module, name: str | Sequence[str] | None) -> nn.Module:
     _known(state, names, "activate")
     if state.merged:
         raise ValueError("activate: the model is merged; unmerge it first")
+    together = [(f"{each!r}'s {label}", plan) for each in names for label, plan in state.claims[each]]
+    refuse_overlap("activate", model, together)
     state.router.activate(names)
     _switch(model, state, names)
     trains = [each for each in names if each not in state.frozen]
@@ -246,11 +253,12 @@ def merge(model: nn.Module) -> nn.Module:
         can = ", ".join(method.__name__ for method in METHODS.values() if method.merges)
         raise ValueError(f"merge: {', '.join(sorted(odd))} cannot be added to a weight; {can} can")
     state.merged = names
-    for _, host in hosts(model):
-        merge_deltas(host, names)
+    # what replaces a weight comes before what is added to it
     for name in names:
         for key, method in state.adapters[name].items():
             method.merge(model, name, key)
+    for _, host in hosts(model):
+        merge_deltas(host, names)
     return model
 
 
@@ -259,11 +267,11 @@ def unmerge(model: nn.Module) -> nn.Module:
     state = attached(model, "unmerge")
     if not state.merged:
         raise ValueError("unmerge: the model is not merged")
+    for _, host in hosts(model):
+        unmerge_deltas(host)
     for name in reversed(state.merged):
         for key, method in state.adapters[name].items():
             method.unmerge(model, name, key)
-    for _, host in hosts(model):
-        unmerge_deltas(host)
     state.merged = ()
     return model
 

@@ -14,8 +14,9 @@ def knows(module: nn.Module) -> bool:
 
 
 def weight(module: nn.Module) -> Tensor:  # [N, K]
-    """The weight as the formulas have it; a view for Conv1D. It shares memory with the module's parameter."""
-    own = module._parameters["weight"]
+    """The weight as the formulas have it; a view for Conv1D. It shares memory with the module's parameter, or
+    is what an adapter put in its place."""
+    own = module.weight
     return own.t() if transposed(module) else own
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 @functools.cache
 def _mixed(mixin: type, cls: type, prefix: str) -> type:
-    return type(f"{prefix}{cls.__name__}", (mixin, cls), {"__doc__": f"{cls.__name__}, computed by pefast."})
+    own = {"__doc__": f"{cls.__name__}, computed by pefast.", "prefix": prefix}
+    return type(f"{prefix}{cls.__name__}", (mixin, cls), own)
 
 
 def mix_in(module: nn.Module, mixin: type, prefix: str) -> None:
@@ -24,5 +25,11 @@ def own_class(module: nn.Module, mixin: type) -> type:
 
 
 def take_out(module: nn.Module, mixin: type) -> None:
-    """Gives the module its own class back."""
-    module.__class__ = own_class(module, mixin)
+    """Takes `mixin` from the module's class; what was mixed in after it stays."""
+    later, cls = [], type(module)
+    while cls.__bases__[0] is not mixin:
+        later.append((cls.__bases__[0], vars(cls)["prefix"]))
+        cls = cls.__bases__[1]
+    module.__class__ = cls.__bases__[1]
+    for each, prefix in reversed(later):
+        mix_in(module, each, prefix)

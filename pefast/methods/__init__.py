@@ -1,11 +1,14 @@
 """Ways to tune a model: one file a method, and METHODS, by the name that recipes and folders use."""
 
 from pefast.methods.adapter import Adapter
+from pefast.methods.bias import Bias
+from pefast.methods.full import Full
 from pefast.methods.ia3 import IA3
+from pefast.methods.layers import Layers
 from pefast.methods.lora import LoRA
 from pefast.methods.prefix import Prefix
 from pefast.methods.prompt import Prompt
 
-METHODS = {method.kind: method for method in (LoRA, IA3, Adapter, Prompt, Prefix)}
+METHODS = {method.kind: method for method in (LoRA, IA3, Adapter, Prompt, Prefix, Full, Layers, Bias)}
 
-__all__ = ["IA3", "METHODS", "Adapter", "LoRA", "Prefix", "Prompt"]
+__all__ = ["IA3", "METHODS", "Adapter", "Bias", "Full", "Layers", "LoRA", "Prefix", "Prompt"]

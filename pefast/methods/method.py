@@ -29,6 +29,10 @@ class Method:
     merges: ClassVar[bool] = False  # whether `merge` can put it into the weights
     routes: ClassVar[bool] = True  # whether the rows of one batch may differ in it
 
+    def claims(self, plan) -> dict:
+        """Which of the model's tensors it puts its own in the place of: {path: Index, or None for all}."""
+        return {}
+
     def switch(self, model: nn.Module, name: str, key: str, on: bool) -> None:
         """Called when its adapter begins (on) or ceases to compute, once for each change. Methods whose
         parameters are looked up through the router have nothing to do."""

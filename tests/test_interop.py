@@ -223,7 +223,8 @@ def test_the_output_embedding_is_a_target_only_by_its_name():
 
 
 @pytest.mark.parametrize(
-    ("family", "task"), [("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM"), ("bert", "SEQ_CLS")]
+    ("family", "task"),
+    [("llama", "CAUSAL_LM"), ("gpt2", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM")],
 )
 def test_a_prompt_of_peft_comes_and_goes(family, task, tmp_path):
     config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=4)

@@ -122,7 +122,7 @@ class PromptHooks:
 
     def _insert(self, module, kwargs: dict, place: Place, index: Tensor, mask: Tensor | None, real: Tensor):
         if mask is not None and mask.dim() == 4:
-            kwargs["attention_mask"] = woven_square(mask, place, index, self.causal)
+            kwargs["attention_mask"] = woven_square(mask, place, index)
         elif mask is not None or self.router.rows is not None:
             kwargs["attention_mask"] = woven_mask(real if mask is None else mask, place, index)
         if (types_ := kwargs.get("token_type_ids")) is not None:
@@ -214,7 +214,7 @@ class PromptHooks:
         if slot_end is not None:
             until = torch.as_tensor(slot_end, device=real.device).reshape(-1, 1)
             end = torch.maximum(begin, until - last)
-        return Place(self._most(prompts, stack), lead, follow, begin, end)
+        return Place(self._most(prompts, stack), lead, follow, begin, end, self.causal and stack != "encoder")
 
     def _vectors(self, prompts: list, table: nn.Module, embeds: Tensor, place: Place) -> Tensor:
         """What each row puts in [B, V, D]: before the input, behind it, and zeros that it does not use."""
@@ -247,7 +247,7 @@ class PromptHooks:
         return output
 
     def _take_out(self, states: Tensor, place: Place) -> Tensor:  # [B, V+L, D] -> [B, L, D]
-        at = target(place, states.shape[1] - place.most, self.causal)
+        at = target(place, states.shape[1] - place.most)
         return states.gather(1, at[:, :, None].expand(-1, -1, states.shape[2]))
 
 

@@ -3,8 +3,9 @@
     row of the batch     [ padding | first tokens |        input        | rest, padding ]   L
     with its prompt [ unused | padding | first tokens | lead | input | follow | rest, padding ]   V + L
 
-V is the longest prompt of the batch. A row with a shorter one, or none, has its unused positions at its left,
-masked, so that its own tokens stay neighbours: a relative position or a cached key never jumps.
+V is the longest prompt of the batch. Where a row has a shorter one, or none, the unused positions are masked.
+They stand at the left in a causal model, so that a row's tokens and what is generated behind them stay
+neighbours, and at the right elsewhere, so that a pooler finds the first position where it was.
 """
 
 from typing import NamedTuple
@@ -21,6 +22,12 @@ class Place(NamedTuple):
     follow: Tensor  # vectors behind it
     begin: Tensor  # the token before which the first of them stands
     end: Tensor  # the token before which the second of them stands
+    causal: bool  # unused positions are at the left
+
+    @property
+    def shift(self) -> Tensor | int:
+        """Unused positions before a row's own [B, 1]."""
+        return self.unused if self.causal else 0
 
     @property
     def unused(self) -> Tensor:
@@ -46,25 +53,26 @@ def spans(mask: Tensor, first: Tensor, last: Tensor, cached: bool = False) -> tu
 
 def source(place: Place, length: int) -> Tensor:
     """For every position of a row with its prompt, where it comes from in (vectors [V], tokens [L])."""
-    at = torch.arange(length + place.most, device=place.lead.device) - place.unused  # [B, V+L]
-    token = at + place.most
-    found = token - place.lead - place.follow
-    found = torch.where(at < place.end + place.lead + place.follow, at - place.end, found)
+    at = torch.arange(length + place.most, device=place.lead.device) - place.shift  # [B, V+L]
+    token, both = at + place.most, place.lead + place.follow
+    # an unused position takes a vector that the row does not use
+    found = torch.where(at < length + both, token - both, at - length)
+    found = torch.where(at < place.end + both, at - place.end, found)
     found = torch.where(at < place.end + place.lead, token - place.lead, found)
     found = torch.where(at < place.begin + place.lead, at - place.begin, found)
-    # below zero too: an unused position takes a vector that the row does not use
+    # below zero too
     return torch.where(at < place.begin, token, found)
 
 
-def target(place: Place, length: int, causal: bool) -> Tensor:
+def target(place: Place, length: int) -> Tensor:
     """For every token of a row its position beside the prompt [B, L].
 
     In a causal model what stands before the first word of the answer predicts it: the state of the input's
     last token is that of the last vector behind it.
     """
     at = torch.arange(length, device=place.lead.device)
-    behind = at >= place.end - int(causal)
-    return at + place.unused + place.lead * (at >= place.begin) + place.follow * behind
+    behind = at >= place.end - int(place.causal)
+    return at + place.shift + place.lead * (at >= place.begin) + place.follow * behind
 
 
 def used(place: Place) -> Tensor:
@@ -108,7 +116,7 @@ def like(mask: Tensor, sight: Tensor) -> Tensor:
     return torch.zeros_like(sight, dtype=mask.dtype).masked_fill(~sight, torch.finfo(mask.dtype).min)
 
 
-def woven_square(mask: Tensor, place: Place, index: Tensor, causal: bool) -> Tensor:
+def woven_square(mask: Tensor, place: Place, index: Tensor) -> Tensor:
     """A mask of four dimensions [B, 1, L, S >= L] with the prompt in rows and columns: [B, 1, V+L, V+S].
 
     A token sees the vectors of its row and a vector sees the real tokens; in a causal model, those before
@@ -120,7 +128,9 @@ def woven_square(mask: Tensor, place: Place, index: Tensor, causal: bool) -> Ten
     columns = torch.cat((index, spare), 1)  # [B, V+S]
     seen = torch.cat((used(place), old.any(1)), 1).gather(1, columns)  # [B, V+S]
     at = torch.arange(most + width, device=mask.device)
-    seen = seen[:, None, :] & (at <= at[:tall, None]) if causal else seen[:, None, :].expand(-1, tall, -1)
+    seen = (
+        seen[:, None, :] & (at <= at[:tall, None]) if place.causal else seen[:, None, :].expand(-1, tall, -1)
+    )
     # between two tokens it stays as it was
     old = old.gather(1, (index - most).clamp(min=0)[:, :, None].expand(-1, -1, width))
     old = old.gather(2, (columns - most).clamp(min=0)[:, None, :].expand(-1, tall, -1))

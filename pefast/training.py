@@ -54,6 +54,14 @@ class MeteredTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.meter, self.hits = meter, hits
 
+    def create_optimizer(self, model=None):
+        """The Trainer's own optimizer, over pefast's groups: rates that a method asks for are honoured."""
+        if self.optimizer is None:
+            groups = pefast.parameter_groups(self.model, self.args.learning_rate, self.args.weight_decay)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The Trainer's own loss; in training its value and the share of hits go to the meter."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

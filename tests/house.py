@@ -19,7 +19,7 @@ FLOORS = (
     ("cli",),
     ("training", "doctor", "recipe", "progress"),
     ("tasks",),
-    ("checkpoint", "report", "acceleration"),
+    ("checkpoint", "report", "acceleration", "optimizer", "averaging"),
     ("model",),
     ("methods",),
     ("architectures", "layers"),

@@ -16,6 +16,9 @@ _HOMES = {
     "Adapter": "methods",
     "Prompt": "methods",
     "Prefix": "methods",
+    "Full": "methods",
+    "Layers": "methods",
+    "Bias": "methods",
     "accelerate": "acceleration",
     "attach": "model",
     "detach": "model",
@@ -34,7 +37,10 @@ _ROOMS = ("ops", "layers", "methods", "formats", "kernels", "native", "tasks", "
 __all__ = [
     "IA3",
     "Adapter",
+    "Bias",
+    "Full",
     "FusedLoRALinear",
+    "Layers",
     "LoRA",
     "Prefix",
     "Prompt",
@@ -60,7 +66,7 @@ if TYPE_CHECKING:
     from pefast.checkpoint import load, save
     from pefast.dispatch import backend
     from pefast.layers import FusedLoRALinear
-    from pefast.methods import IA3, Adapter, LoRA, Prefix, Prompt
+    from pefast.methods import IA3, Adapter, Bias, Full, Layers, LoRA, Prefix, Prompt
     from pefast.model import activate, attach, detach, merge, route, unmerge
     from pefast.optimizer import parameter_groups
     from pefast.report import explain

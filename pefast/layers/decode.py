@@ -14,7 +14,7 @@ from pefast import dispatch
 from pefast.formats import FORMATS
 from pefast.layers.lowrank import LowRank
 from pefast.native import through_the_registry
-from pefast.native.delta_linear_decode import ROWS, Plan, RowDelta, refuse
+from pefast.native.delta_linear_decode import ROWS, Plan, RowDelta, why_not
 
 # a dict that holds a parameter or a number, and its name there: where to look whether it is still the same
 Place = tuple[dict, str]
@@ -30,7 +30,7 @@ class Lora(NamedTuple):
 
 
 class Remembered:
-    """The plan of a layer's last step, None where it can have none. Copies and files of a layer begin anew."""
+    """The plan of a layer's last step, or None where it can have none. Copies of a layer begin anew."""
 
     def __init__(self, key: tuple = (), plan: Plan | None = None, tensors=(), numbers=()):
         self.key, self.plan = key, plan
@@ -114,7 +114,7 @@ def _remember(key: tuple, x: Tensor, frozen: tuple, loras: list[Lora] | None) ->
         if lora.index is None or ids[row // each] == lora.index
     ]
     bias = own.get("bias")
-    if refuse(w, bias, deltas):
+    if why_not(w, bias, deltas):
         return Remembered(key)
     places = [(own, "weight")] + ([] if bias is None else [(own, "bias")])
     places += [place for lora in loras for place in (lora.a, lora.b)]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pefast.formats import format_of
+from pefast.layers.decode import Lora, few_rows, step
 from pefast.ops.delta_linear import Segment, delta_linear
 
 
@@ -21,6 +22,13 @@ class PeftLinear(nn.Module):
         self._check_forward_args(x, *args, **kwargs)
         base = self.get_base_layer()
         used = tuple(dict.fromkeys(names)) if names is not None else tuple(self.active_adapters)
+        ids = None if names is None else tuple(used.index(name) for name in names)
+        if not torch.is_grad_enabled() and few_rows(x):
+            # an adapter that is deleted and made again is another module
+            routed = (used, ids, tuple(self.lora_A._modules.values()))
+            y = step(self, x, (base, format_of(base).weight), routed, lambda: self._loras(used, ids))
+            if y is not None:
+                return y
         segments = [
             self._segment(name, None if names is None else i)
             for i, name in enumerate(used)
@@ -28,7 +36,7 @@ class PeftLinear(nn.Module):
         ]
         if not segments:
             return base(x)
-        ids = None if names is None else torch.tensor([used.index(name) for name in names], device=x.device)
+        ids = None if ids is None else torch.tensor(ids, device=x.device)
         return delta_linear(x, format_of(base).weight(base), segments, base.bias, ids=ids)
 
     def _segment(self, name: str, adapter: int | None) -> Segment:
@@ -36,6 +44,17 @@ class PeftLinear(nn.Module):
         rate = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         return Segment(a, b, self.scaling[name], dropout=rate, adapter=adapter)
+
+    def _loras(self, used: tuple[str, ...], ids: tuple[int, ...] | None) -> list[Lora] | None:
+        """The adapters of a decoding step; None where one drops a part of its input."""
+        found = []
+        for i, name in enumerate(used):
+            if name in self.lora_A:
+                if self._segment(name, None).dropout:
+                    return None
+                a, b = ((part[name]._parameters, "weight") for part in (self.lora_A, self.lora_B))
+                found.append(Lora(a, b, (self.scaling, name), None if ids is None else i))
+        return found
 
     def _elsewhere(self, x: Tensor) -> bool:
         """Whether this call is PEFT's: the engine does not take the layer's state or x's dtype."""

@@ -1,8 +1,9 @@
-"""delta_linear for the few rows of a decoding step, by csrc/cpu/delta_linear_decode*: bf16 on AMX, no gradients.
+"""delta_linear for the few rows of a decoding step, by csrc/cpu/delta_linear_decode*: bf16 on AMX.
 
-Generation asks each layer for a few rows again and again, with the same adapters. A Plan is what stays from step
-to step: the packed weight, and for each row where its adapters' a and b lie as bf16. These copies hang on the
-storages of a and b, as the packed weight does on its own. Formula: pefast/ops/delta_linear.py.
+Generation asks each layer for a few rows again and again, with the same adapters and without gradients. A
+Plan is what stays from step to step: the packed weight, and for each row where its adapters' a and b lie as
+bf16. These copies hang on the storages of a and b, as the packed weight does on its own. Formula:
+pefast/ops/delta_linear.py.
 """
 
 from typing import NamedTuple
@@ -28,7 +29,7 @@ class RowDelta(NamedTuple):
     scale: float
 
 
-def refuse(w: Tensor, bias: Tensor | None, deltas: list[RowDelta]) -> str:
+def why_not(w: Tensor, bias: Tensor | None, deltas: list[RowDelta]) -> str:
     """Why csrc cannot take these deltas beside w [N, K], or ""."""
     if not _HERE:
         return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
@@ -63,11 +64,13 @@ class Plan:
         self._n = n
 
     def run(self, x: Tensor) -> Tensor | None:  # [..., K] -> [..., N]
-        """y; None, and the copies forgotten, where somebody wrote through .data, which leaves versions alone."""
-        k = x.shape[-1]
-        flat = x if x.is_contiguous() else rows_of(x.reshape(-1, k))
+        """y; None, and the copies forgotten, where somebody wrote through .data and no version shows it."""
         y = x.new_empty((*x.shape[:-1], self._n))
-        if self._plan.run(flat.data_ptr(), k, y.data_ptr(), torch.get_num_threads()):
+        ldx = k = x.shape[-1]
+        if not x.is_contiguous():
+            x = rows_of(x.reshape(-1, k))
+            ldx = x.stride(0) if self.rows > 1 else k
+        if self._plan.run(x.data_ptr(), ldx, y.data_ptr(), torch.get_num_threads()):
             return y
         for t in self._kept:
             if t is not None and hasattr(t.untyped_storage(), "pefast_packs"):

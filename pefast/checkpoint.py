@@ -29,6 +29,7 @@ MANIFEST, CONFIG, TENSORS, HEAD, RESUME = (
     "head.safetensors",
     "resume.safetensors",
 )
+LABELS = "head_labels"
 _PEFT_TYPES = {peft_type: kind for kind, method in METHODS.items() for peft_type in method.peft_types}
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -68,9 +69,8 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -
             head = _plain(head_tensors(model, name))
             if head:
                 save_file(head, part / HEAD, metadata={"format": "pt"})
-            _write_json(
-                part / MANIFEST, {"pefast_version": __version__, "methods": list(methods), "head": bool(head)}
-            )
+            content = {"pefast_version": __version__, "methods": list(methods), "head": bool(head)}
+            _write_json(part / MANIFEST, content | _own_labels(state, name))
         _move_into_place(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -110,10 +110,17 @@ def _write_method(model: nn.Module, folder: Path, name: str, key: str, with_head
         prefix = _head_prefix(method)
         tensors = tensors | {prefix + path: tensor for path, tensor in head.items()}
         config["modules_to_save"] = sorted({path.split(".")[0] for path in head})
+        config |= _own_labels(attached(model, "save"), name)
     save_file(_plain(tensors), folder / TENSORS, metadata={"format": "pt"})
     if resume := method.resume(model, name, key):
         save_file(_plain(resume), folder / RESUME, metadata={"format": "pt"})
     _write_json(folder / CONFIG, config)
+
+
+def _own_labels(state, name: str) -> dict[str, int]:
+    """What a file says of a head with another number of labels than the model's."""
+    own = state.labels.get(name)
+    return {LABELS: own} if own != state.labels.get(None) else {}
 
 
 def _head_prefix(method) -> str:
@@ -180,7 +187,7 @@ def load(
     methods = [_method(part, model, folder) for part in parts.methods]
     before = model._pefast.router.active if hasattr(model, "_pefast") else None
     rng = torch.get_rng_state()
-    attach(model, methods, name, head=bool(parts.head))
+    attach(model, methods, name, head=parts.labels or bool(parts.head))
     # the numbers drawn for parameters that the file replaces do not count
     torch.set_rng_state(rng)
     try:
@@ -224,10 +231,11 @@ class _Part(NamedTuple):
 
 
 class _Manifest(NamedTuple):
-    """What pefast.json says: the methods' folders, and whether there is a head."""
+    """What pefast.json says: the methods' folders, whether there is a head, and its own number of labels."""
 
     methods: list[str]
     head: bool
+    labels: int
 
 
 class _Folder(NamedTuple):
@@ -235,19 +243,20 @@ class _Folder(NamedTuple):
 
     methods: list[_Part]
     head: dict[str, Tensor]
+    labels: int  # where the head has another number than the model; otherwise 0
 
 
 def _read(folder: Path, trainable: bool) -> _Folder:
     if (folder / MANIFEST).exists():
         manifest = _read_manifest(folder)
         methods = [_read_method(folder / key, trainable) for key in manifest.methods]
-        return _Folder(methods, _read_tensors(folder / HEAD) if manifest.head else {})
+        return _Folder(methods, _read_tensors(folder / HEAD) if manifest.head else {}, manifest.labels)
     part = _read_method(folder, trainable)
     owns = METHODS[part.kind].owns
     own = {key: tensor for key, tensor in part.tensors.items() if owns(key)}
     prefix = _head_prefix(METHODS[part.kind])
     head = {key.removeprefix(prefix): tensor for key, tensor in part.tensors.items() if not owns(key)}
-    return _Folder([part._replace(tensors=own)], head)
+    return _Folder([part._replace(tensors=own)], head, _count(part.config, folder / CONFIG))
 
 
 def _read_manifest(folder: Path) -> _Manifest:
@@ -260,7 +269,14 @@ def _read_manifest(folder: Path) -> _Manifest:
         raise ValueError(
             f"load: {folder / MANIFEST} has methods {methods!r}; names of folders beside it are right"
         )
-    return _Manifest(methods, bool(content.get("head")))
+    return _Manifest(methods, bool(content.get("head")), _count(content, folder / MANIFEST))
+
+
+def _count(content: dict, path: Path) -> int:
+    labels = content.get(LABELS, 0)
+    if not isinstance(labels, int) or labels < 0:
+        raise ValueError(f"load: {path} has {LABELS} {labels!r}; a number of labels would be right")
+    return labels
 
 
 def _read_method(folder: Path, trainable: bool) -> _Part:

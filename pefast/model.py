@@ -10,16 +10,8 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from pefast.architectures import heads
-from pefast.layers.hosts import (
-    DeltaHost,
-    HeadHost,
-    add_head,
-    drop_deltas,
-    drop_head,
-    head_copy,
-    merge_deltas,
-    unmerge_deltas,
-)
+from pefast.layers.head_host import HeadHost, add_head, drop_head, head_copy, last_linear
+from pefast.layers.hosts import DeltaHost, drop_deltas, merge_deltas, unmerge_deltas
 from pefast.layers.router import Router
 from pefast.methods import METHODS
 from pefast.methods.places import hosts
@@ -37,6 +29,8 @@ class Attached:
         self.frozen: set[str] = set()  # adapters that compute and do not train
         self.own = tuple(name for name, _ in model.named_parameters())  # of the base model
         self.claims: dict[str, list] = {}  # by adapter: what its methods replace of the base model
+        self.labels: dict[str | None, int] = {}  # logits of each adapter's head; None: of the model's own
+        self.words: tuple = ()  # the labels' names in the model's own config
         self.trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -50,18 +44,23 @@ def attached(model: nn.Module, who: str) -> Attached:
     return state
 
 
-def attach(model: nn.Module, method, name: str = "default", *, head: bool = True) -> nn.Module:
+def attach(model: nn.Module, method, name: str = "default", *, head: bool | int = True) -> nn.Module:
     """Puts a method, or several as one adapter called `name`, on a model in place, and activates it.
 
     Everything else is frozen, except that a task head (the classifier of a ...ForSequenceClassification and
-    its kin) gets a trained copy that belongs to the adapter; `head=False` leaves it frozen. Other adapters
-    stay, switched off.
+    its kin) gets a trained copy that belongs to the adapter; `head=False` leaves it frozen, and a number
+    gives the copy that many labels, drawn anew. Other adapters stay, switched off.
 
     Raises ValueError where a setting, a target or the name does not fit; the model is then as it was.
     """
     methods = list(method) if isinstance(method, Sequence) else [method]
     state = getattr(model, "_pefast", None)
     _check_attach(methods, name, state)
+    if not isinstance(head, int) or head < 0 or (head is not True and head and not heads(model)):
+        raise ValueError(
+            f"attach: head is {head!r}; True, False, or for a model with a task head a number of labels"
+            " would be right"
+        )
     plans = [each.plan(model) for each in methods]
     keys = _keys(methods)
     claims = [(type(each).__name__, each.claims(plan)) for each, plan in zip(methods, plans, strict=True)]
@@ -77,9 +76,8 @@ def attach(model: nn.Module, method, name: str = "default", *, head: bool = True
     except ValueError:
         detach(model, name)
         raise
-    for path in heads(model) if head and all(each.heads for each in methods) else ():
-        part = model.get_submodule(path)
-        add_head(part, state.router, name, head_copy(part))
+    if head and all(each.heads for each in methods):
+        _add_heads(model, state, name, None if head is True else head)
     activate(model, name)
     return model
 
@@ -109,6 +107,33 @@ def _check_attach(methods: list, name: str, state: Attached | None) -> None:
         each.check()
 
 
+def _add_heads(model: nn.Module, state: Attached, name: str, labels: int | None) -> None:
+    spread = getattr(getattr(model, "config", None), "initializer_range", 0.02)
+    for path in heads(model):
+        part = model.get_submodule(path)
+        own = head_copy(part, labels, spread)
+        if not state.labels:
+            state.labels[None] = part.get_submodule(last_linear(part)).out_features
+            state.words = (model.config.id2label, model.config.label2id)
+        state.labels[name] = own.get_submodule(last_linear(own)).out_features
+        add_head(part, state.router, name, own)
+
+
+def _tell_labels(model: nn.Module, state: Attached, names: Sequence[str | None]) -> None:
+    """Tells transformers' losses how many logits will come: as many as the widest of these heads gives."""
+    if not state.labels:
+        return
+    own = state.labels[None]
+    count = max([state.labels[each] for each in names if each in state.labels] or [own])
+    if getattr(model, "num_labels", count) != count:
+        model.num_labels = count
+    if model.config.num_labels != count:
+        if count == own:
+            model.config.id2label, model.config.label2id = state.words
+        else:
+            model.config.num_labels = count
+
+
 def _keys(methods: list) -> list[str]:
     """lora, adapter, lora_2 ...: the kind, numbered from the second of a kind."""
     keys: list[str] = []
@@ -135,6 +160,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in gone:
         state.frozen.discard(each)
         state.claims.pop(each, None)
+        state.labels.pop(each, None)
         for key, method in state.adapters.pop(each).items():
             method.leave(model, each, key)
         for module in list(model.modules()):
@@ -145,6 +171,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     if state.adapters:
         activate(model, tuple(n for n in state.router.active if n in state.adapters))
     else:
+        _tell_labels(model, state, ())
         del model._pefast
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(path in state.trained)
@@ -165,6 +192,8 @@ def activate(model: nn.Module, name: str | Sequence[str] | None) -> nn.Module:
     refuse_overlap("activate", model, together)
     state.router.activate(names)
     _switch(model, state, names)
+    # of several active adapters the last one's head answers
+    _tell_labels(model, state, [each for each in names if each in state.labels][-1:])
     trains = [each for each in names if each not in state.frozen]
     # those that train come last: adapters may share a parameter
     for each in (*(each for each in state.adapters if each not in trains), *trains):
@@ -210,7 +239,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """Inside this context row i of a batch computes with adapter names[i]; None is the base model.
 
     Raises ValueError for a name that is not attached, for adapters with a method that is one for the whole
-    batch, or while the model is merged.
+    batch, or while the model is merged. Heads may differ in their number of labels: a row's missing logits
+    are -inf.
     """
     state = attached(model, "route")
     used = tuple(dict.fromkeys(each for each in names if each is not None))
@@ -228,11 +258,13 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     ids = tuple(-1 if each is None else used.index(each) for each in names)
     _switch(model, state, used)
     state.router.route(used, ids, next(model.parameters()).device)
+    _tell_labels(model, state, names)
     try:
         yield model
     finally:
         state.router.activate(active)
         _switch(model, state, active)
+        _tell_labels(model, state, [each for each in active if each in state.labels][-1:])
 
 
 def merge(model: nn.Module) -> nn.Module:

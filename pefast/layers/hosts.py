@@ -3,8 +3,6 @@ and changes its class; leaving gives the class back. So a model's own state dict
 are.
 """
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +10,9 @@ from pefast.formats import FORMATS
 from pefast.layers.bottleneck import After, Beside
 from pefast.layers.decode import decoded, forget
 from pefast.layers.gain import multiplied
-from pefast.layers.in_place import mix_in, own_class, take_out
+from pefast.layers.in_place import mix_in, take_out
 from pefast.layers.lowrank import LowRank
-from pefast.layers.router import Router
+from pefast.layers.router import Router, row_mask
 from pefast.ops.delta_linear import delta_linear
 
 
@@ -78,11 +76,6 @@ class ModuleHost(DeltaHost):
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
-def row_mask(rows: Tensor, index: int, like: Tensor) -> Tensor:
-    """1 where a sequence takes the adapter of this index, shaped to broadcast over `like` [B, ...]."""
-    return (rows == index).to(like.dtype).view(-1, *[1] * (like.dim() - 1))
-
-
 def host(linear: nn.Module, router: Router) -> None:
     """Makes a layer a host, in place. Its own parameters stay what they are."""
     if not isinstance(linear, DeltaHost):
@@ -144,51 +137,3 @@ def unmerge_deltas(linear: DeltaHost) -> None:
     for name, value in linear.unmerged.items():
         getattr(linear, name).copy_(value)
     linear.merged, linear.unmerged = (), {}
-
-
-class HeadHost(nn.Module):
-    """A task head with one trained copy for each adapter; the head's own parameters stay frozen."""
-
-    hosts_deltas = True
-    copies: nn.ModuleDict
-    router: Router
-
-    def forward(self, *args, **kwargs):
-        turns = [(name, index) for name, index in self.router.turns if name in self.copies]
-        rows = self.router.rows
-        if not turns or rows is not None:
-            y = super().forward(*args, **kwargs)
-        if rows is None:
-            # of several active adapters the last one's head answers
-            return self.copies[turns[-1][0]](*args, **kwargs) if turns else y
-        for name, index in turns:
-            y = torch.where(row_mask(rows, index, y).bool(), self.copies[name](*args, **kwargs), y)
-        return y
-
-
-def add_head(head: nn.Module, router: Router, name: str, copy: nn.Module) -> None:
-    """Gives a task head a trained copy for this adapter; the head becomes a host if it is none."""
-    if not isinstance(head, HeadHost):
-        mix_in(head, HeadHost, "Head")
-        head.copies, head.router = nn.ModuleDict(), router
-    head.copies[name] = copy
-
-
-def head_copy(head: nn.Module) -> nn.Module:
-    """A deep copy of a head as it is without any adapter."""
-    if isinstance(head, HeadHost):
-        bare = copy.copy(head)
-        bare.__class__ = own_class(head, HeadHost)
-        bare.__dict__ = {key: value for key, value in head.__dict__.items() if key != "router"}
-        bare._modules = {key: value for key, value in head._modules.items() if key != "copies"}
-        head = bare
-    return copy.deepcopy(head)
-
-
-def drop_head(head: HeadHost, name: str) -> None:
-    """Takes an adapter's copy off; the last one to go gives the head its own class back."""
-    if name in head.copies:
-        del head.copies[name]
-    if not head.copies:
-        del head.copies, head.router
-        take_out(head, HeadHost)

@@ -28,3 +28,8 @@ class Router:
         """Sequence i computes with adapter turns[ids[i]], or with none where ids[i] is -1."""
         self.turns = tuple((name, i) for i, name in enumerate(turns))
         self.ids, self.rows = ids, torch.tensor(ids, device=device)
+
+
+def row_mask(rows: Tensor, index: int, like: Tensor) -> Tensor:
+    """1 where a sequence takes the adapter of this index, shaped to broadcast over `like` [B, ...]."""
+    return (rows == index).to(like.dtype).view(-1, *[1] * (like.dim() - 1))

@@ -1,14 +1,15 @@
 """delta_linear by csrc/cpu/delta_linear*: one LoRA beside a frozen bf16 weight, on AMX.
 
-The weight is packed once for each direction. The packs hang on the weight's storage, so that every view of it
-finds them and they are freed with it; they are made again when its version, or a mark of 32 of its numbers,
-has changed. Formula: pefast/ops/delta_linear.py.
+The weight is packed once for each direction (packs.py). Calls in fp32 go to delta_linear_fp32.py.
+Formula: pefast/ops/delta_linear.py.
 """
 
 import torch
 from torch import Tensor
 
-from pefast.native import WHY_NOT, C, rows_of, through_the_registry
+from pefast.native import WHY_NOT, C, packs, rows_of, through_the_registry
+from pefast.native import delta_linear_fp32 as fp32
+from pefast.native.packs import packed_bytes as packed_bytes
 
 _HERE = C is not None and C.delta_linear_here()
 _MASTERS = (torch.float32, torch.bfloat16)
@@ -16,6 +17,8 @@ _MASTERS = (torch.float32, torch.bfloat16)
 
 def refuse(call) -> str:
     """Why csrc cannot run this call, or ""."""
+    if call.x.dtype is torch.float32:
+        return fp32.refuse(call)
     if not _HERE:
         return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
     x, w, bias, segments = call.x, call.w, call.bias, call.segments
@@ -54,6 +57,8 @@ def _refuse_segment(s) -> str:
 
 def decline(call) -> str:
     """Why another hand is faster, or ""."""
+    if call.x.dtype is torch.float32:
+        return fp32.decline(call)
     w = call.w
     if not isinstance(w, torch.nn.Parameter) and not isinstance(w._base, torch.nn.Parameter):
         return "packs the weight once for many calls, and this one is no parameter: it may live for one call"
@@ -65,7 +70,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def forward(call) -> tuple[Tensor, list[tuple[Tensor, None]]]:
-    """y [M, N] and [(h [M, R], None)], both in bfloat16."""
+    """y [M, N] and [(h [M, R], None)], in x's dtype."""
+    if call.x.dtype is torch.float32:
+        return fp32.forward(call)
     s = call.segments[0]
     run = torch.ops.pefast.delta_linear if through_the_registry(call.x) else _forward
     y, h = run(call.x, call.w, call.bias, s.a, s.b, s.scale, s.dropout, call.seed if s.dropout else None)
@@ -74,6 +81,8 @@ def forward(call) -> tuple[Tensor, list[tuple[Tensor, None]]]:
 
 def backward(call, saved, dy: Tensor, needs):
     """dx, None, None, None and [(da, db, None, None, None)]; None for what is not needed."""
+    if dy.dtype is torch.float32:
+        return fp32.backward(call, saved, dy, needs)
     s, (need_a, need_b, *_) = call.segments[0], needs.segments[0]
     run = torch.ops.pefast.delta_linear_backward if through_the_registry(dy) else _backward
     asked = (needs.x, need_a, need_b)
@@ -105,8 +114,7 @@ def _forward(x, w, bias, a, b, scale, p, seed):
         sizes = (y.data_ptr(), h.data_ptr(), m, n, k, r, threads)
         if C.delta_linear_forward(x.data_ptr(), ldx, *place, *on_bias, *waist, *sizes):
             return y, h
-        # somebody wrote to w through .data, which leaves its version as it was
-        del w.untyped_storage().pefast_packs
+        packs.drop(w)
 
 
 def _backward(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
@@ -141,31 +149,14 @@ def _master(t: Tensor) -> tuple[int, bool]:
 
 def _packed(w: Tensor, for_dx: bool) -> tuple[Tensor, int]:
     """w [N, K] packed for x wᵀ or for dy w, and its mark; from the storage, or made now."""
-    store = w.untyped_storage()
-    packs = getattr(store, "pefast_packs", None)
-    if packs is None:
-        packs = store.pefast_packs = {}
-    place = (w.data_ptr(), w.stride(), w.shape, for_dx)
-    version = 0 if w.is_inference() else w._version
-    found = packs.get(place)
-    if found is not None and found[0] == version:
-        return found[1:]
-    # every view that was packed before a write is stale
-    for old in [old for old, pack in packs.items() if pack[0] != version]:
-        del packs[old]
-    n, k = w.shape
-    packed = torch.empty(C.packed_size(n, k) if for_dx else C.packed_size(k, n), dtype=torch.bfloat16)
-    mark = C.delta_linear_pack(
-        w.data_ptr(), *w.stride(), n, k, for_dx, packed.data_ptr(), torch.get_num_threads()
-    )
-    packs[place] = (version, packed, mark)
-    return packed, mark
 
+    def make():
+        n, k = w.shape
+        pack = torch.empty(C.packed_size(n, k) if for_dx else C.packed_size(k, n), dtype=torch.bfloat16)
+        threads = torch.get_num_threads()
+        return pack, C.delta_linear_pack(w.data_ptr(), *w.stride(), n, k, for_dx, pack.data_ptr(), threads)
 
-def packed_bytes(w: Tensor) -> int:
-    """How much memory the packs of this weight take now."""
-    packs = getattr(w.untyped_storage(), "pefast_packs", {})
-    return sum(packed.numel() * packed.element_size() for _, packed, _ in packs.values())
+    return packs.packed(w, for_dx, make)
 
 
 _LIBRARY = torch.library.Library("pefast", "FRAGMENT")

@@ -57,6 +57,7 @@ class Call(NamedTuple):
     seed: Tensor | None  # [1]  int64 on the CPU, where a segment has dropout
     segments: tuple[Segment, ...] | list[Segment]
     mask: ModuleType | None = None  # the dropout hand, for hands that make no mask of their own
+    compute: str | None = None  # "bf16": products of fp32 numbers may round them to bf16 first
 
 
 class Needs(NamedTuple):
@@ -105,6 +106,7 @@ def delta_linear(
     ids: Tensor | None = None,  # [...] one id a row of x, or [B] one id a sequence
     *,
     seed: Tensor | int | None = None,
+    compute: str | None = None,
     backend: str | None = None,
 ) -> Tensor:  # [..., N]
     """y = (x wᵀ + Σ s·(σ(dropout(x) aᵀ + c) bᵀ + d)) ⊙ gain + bias, the segments' deltas in one pass.
@@ -112,7 +114,8 @@ def delta_linear(
     x and w share a dtype, or autocast gives them one; a, b, c, d, gain and bias may be wider (fp32 masters on
     a bf16 weight) and their gradients come in their own dtype. `seed` fixes the dropout masks: an int, or an
     int64 tensor of one element on the CPU; None draws one from torch's generator. `ids` chooses rows for
-    segments with an `adapter`.
+    segments with an `adapter`. compute="bf16" lets a hand round fp32 factors to bf16 where that is faster;
+    sums, results and gradients stay fp32.
 
     Raises ValueError where shapes, activations or dropout rates do not fit, or the named `backend` cannot run
     the call. Formula and papers: the head of this file.
@@ -131,7 +134,7 @@ def delta_linear(
     flat = x.dim() == 2
     # flattened outside autograd: a view of x and one of y would be two more nodes of the graph
     rows = x if flat else x.detach().reshape(-1, x.shape[-1])
-    call = Call(rows, w, bias, gain, ids, seed if dropped else None, segments, mask)
+    call = Call(rows, w, bias, gain, ids, seed if dropped else None, segments, mask, compute)
     hand = OP.pick(call, backend)
     if len(segments) == 1 and _only_lora(call, hand):
         s = segments[0]
@@ -155,7 +158,7 @@ class _DeltaLinear(torch.autograd.Function):
     def forward(ctx, call, hand, x, w, bias, gain, *tensors):
         # call holds the same tensors, x flattened; they stand in the list as well so that autograd sees them
         y, saved = OP.hands[hand].forward(call)
-        ctx.hand, ctx.mask = hand, call.mask
+        ctx.hand, ctx.mask, ctx.compute = hand, call.mask, call.compute
         ctx.specs = [(s.scale, s.activation, s.dropout, s.adapter) for s in call.segments]
         pairs = [t for pair in saved for t in pair]
         ctx.shape = x.shape
@@ -180,7 +183,7 @@ class _DeltaLinear(torch.autograd.Function):
         flat = len(ctx.shape) == 2
         if not flat:
             x, dy = None if x is None else x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        call = Call(x, w, bias, gain, ids, seed, segments, ctx.mask)
+        call = Call(x, w, bias, gain, ids, seed, segments, ctx.mask, ctx.compute)
         needs = Needs(*need[2:6], segment_needs)
         backward = getattr(OP.hands[ctx.hand], "backward", eager.backward)
         dx, dw, dbias, dgain, deltas = backward(call, saved, dy, needs)
@@ -211,7 +214,7 @@ class _OneLoRA(torch.autograd.Function):
         y, ((h, z),) = OP.hands[hand].forward(call)
         s = call.segments[0]
         ctx.save_for_backward(x, a, b, h, z, call.w, call.seed, call.ids)
-        ctx.spec = hand, call.mask, s.scale, s.activation, s.dropout, s.adapter
+        ctx.spec = hand, call.mask, call.compute, s.scale, s.activation, s.dropout, s.adapter
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -219,13 +222,13 @@ class _OneLoRA(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("delta_linear: has no second derivative; create_graph=False would be right")
         x, a, b, h, z, w, seed, ids = ctx.saved_tensors
-        hand, mask, scale, activation, rate, adapter = ctx.spec
+        hand, mask, compute, scale, activation, rate, adapter = ctx.spec
         _, _, need_x, need_a, need_b = ctx.needs_input_grad
         shape = x.shape
         if x.dim() != 2:
             x, dy = x.reshape(-1, shape[-1]), dy.reshape(-1, dy.shape[-1])
         segment = Segment(a, b, scale, activation, None, None, rate, adapter)
-        call = Call(x, w, None, None, ids, seed, (segment,), mask)
+        call = Call(x, w, None, None, ids, seed, (segment,), mask, compute)
         needs = Needs(need_x, False, False, False, ((need_a, need_b, False, False, False),))
         dx, _, _, _, ((da, db, *_),) = OP.hands[hand].backward(call, ((h, z),), dy, needs)
         if dx is not None and len(shape) != 2:

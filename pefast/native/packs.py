@@ -1,0 +1,55 @@
+"""Frozen weights in the order in which csrc reads them, kept beside the weight.
+
+The packs hang on the weight's storage, so that every view of it finds them and they are freed with it; they
+are made again when its version, or a mark of 32 of its numbers, has changed.
+"""
+
+from collections.abc import Callable, Hashable
+
+from torch import Tensor
+
+
+def packed(w: Tensor, form: Hashable, make: Callable[[], tuple[Tensor, int]]) -> tuple[Tensor, int]:
+    """w [N, K] in one form, and its mark; from the storage, or made now by make()."""
+    store = w.untyped_storage()
+    packs = getattr(store, "pefast_packs", None)
+    if packs is None:
+        packs = store.pefast_packs = {}
+    place = (w.data_ptr(), w.stride(), w.shape, form)
+    version = 0 if w.is_inference() else w._version
+    found = packs.get(place)
+    if found is not None and found[0] == version:
+        return found[1:]
+    # every view that was packed before a write is stale
+    for old in [old for old, pack in packs.items() if pack[0] != version]:
+        del packs[old]
+    pack, mark = make()
+    packs[place] = (version, pack, mark)
+    return pack, mark
+
+
+def room(w: Tensor, form: Hashable, size: int) -> bool:
+    """Whether w is packed in this form, or a pack of so many bytes leaves a quarter of the memory free."""
+    packs = getattr(w.untyped_storage(), "pefast_packs", {})
+    if (w.data_ptr(), w.stride(), w.shape, form) in packs:
+        return True
+    free, whole = _memory()
+    return free - size > whole / 4
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of memory that are free, and all there is."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return sizes["MemAvailable"], sizes["MemTotal"]
+
+
+def drop(w: Tensor) -> None:
+    """Frees every pack of this weight: somebody wrote to it through .data, which leaves its version alone."""
+    del w.untyped_storage().pefast_packs
+
+
+def packed_bytes(w: Tensor) -> int:
+    """How much memory the packs of this weight take now."""
+    packs = getattr(w.untyped_storage(), "pefast_packs", {})
+    return sum(pack.numel() * pack.element_size() for _, pack, _ in packs.values())

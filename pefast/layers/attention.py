@@ -53,7 +53,7 @@ def attention(
         if options.get("position_bias") is not None:
             options["position_bias"] = options["position_bias"][..., : query.shape[2]]
     slot = getattr(module, "prefix_slot", None)
-    ahead = None if slot is None else slot.read(query.shape[0])
+    ahead = None if slot is None else slot.ahead(key, value)
     if ahead is not None:
         if ahead.see is None and not _odd(key, value, attention_mask, options):
             given = (query, key, value, ahead.k, ahead.v, attention_mask)

@@ -69,6 +69,12 @@ class PrefixTokens(nn.Module):
         part = self._part(pair).view(self.tokens, 2, self.sizes.heads, self.sizes.width)
         return part.permute(1, 2, 0, 3)
 
+    @torch.no_grad()
+    def start_from(self, parts: dict[str, Tensor]) -> None:
+        """Takes keys and values [2, G, V, D] of each attention, by its path, as where to start."""
+        for path, part in parts.items():
+            self.of(path).copy_(part)
+
     def flat(self) -> Tensor:  # [V, 2·A·G·D]
         """P as files have it. Pairs that no attention reads are zero where a network makes P."""
         if not self.hidden:
@@ -156,8 +162,8 @@ class PrefixSlot:
         self.host, self.path = host, path
         self.first = first  # the attention that has the table of relative positions; None: without such
 
-    def read(self, batch: int) -> Ahead | None:
-        """Keys and values of the active prefixes for a batch of that many rows; None: nothing is active."""
+    def ahead(self, key: Tensor, value: Tensor) -> Ahead | None:
+        """What stands before keys and values [B, G, S, D]; None where no prefix is active."""
         turns = [turn for turn in self.host.turns() if self.path in turn[0].sizes.pairs]
         if not turns:
             return None
@@ -169,9 +175,9 @@ class PrefixSlot:
         # shorter prefixes stand at the right, so that each ends where its row begins
         parts = [F.pad(part, (0, 0, p - part.shape[2], 0)) for part in parts]
         table = torch.stack([*parts, torch.zeros_like(parts[0])])  # [n+1, 2, G, P, D]
-        chosen, lengths = self.host._per_row(turns, self.host.rows(batch))
+        chosen, lengths = self.host._per_row(turns, self.host.rows(key.shape[0]))
         # a lookup: every row's gradient comes to its own prefix alone, added in the order of the rows
-        both = F.embedding(chosen, table.flatten(1)).view(batch, *table.shape[1:])
+        both = F.embedding(chosen, table.flatten(1)).view(-1, *table.shape[1:])
         see = torch.arange(p, device=lengths.device) >= p - lengths[:, None]
         return Ahead(both[:, 0], both[:, 1], see[:, None, None])
 

@@ -8,7 +8,7 @@ that is in more of a T5 has the type PEFAST_PREFIX.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from pefast.layers.prefix_host import (
     positions_left,
     switch_prefix,
 )
+from pefast.layers.prefix_text import read_text
 from pefast.methods.method import Method
 
 KINDS = ("encoder", "decoder", "cross")
@@ -36,6 +37,7 @@ class _Plan(NamedTuple):
     body: nn.Module
     sizes: Sizes
     shared: PrefixTokens | None
+    ids: Tensor | None  # [1, V]  the text that it starts from
 
 
 @dataclass
@@ -51,6 +53,10 @@ class Prefix(Method):
                     upper half of an even number shares with the lower
     positions       "shifted", as PEFT: the sequence stands V positions further on; "none": the prefix has no
                     position, and inputs may be as long as without it
+    init            "random": normal, as PEFT; "text": the keys and values of `text`, repeated or cut to the
+                    number of tokens, in the frozen model, which, where it is causal, starts as if it had
+                    read the text
+    tokenizer       a tokenizer, or None: the one of the model's own folder
     share           the name of another adapter of the model: one prefix for both, trained by the rows of
                     either, in memory once. Its tokens, attentions and network are then those of the other;
                     each adapter saves a folder that is whole, and loading both shares again
@@ -64,6 +70,9 @@ class Prefix(Method):
     reparameterize: bool | int = False
     attentions: str | Sequence[str] | None = None
     positions: str = "shifted"
+    init: str = "random"
+    text: str | None = None
+    tokenizer: Any = None
     share: str | None = None
     # the tensor of a file that shared its prefix: it shares again where the other has the same numbers
     saved: Tensor | None = field(default=None, repr=False, compare=False)
@@ -82,6 +91,14 @@ class Prefix(Method):
             )
         if self.positions not in ("shifted", "none"):
             raise ValueError(f"Prefix: positions is {self.positions!r}; shifted or none would be right")
+        if self.init not in ("random", "text"):
+            raise ValueError(f"Prefix: init is {self.init!r}; random or text would be right")
+        if self.init == "text" and (not self.text or self.reparameterize):
+            came = "a network would make it" if self.reparameterize else "no text came"
+            raise ValueError(
+                f"Prefix: init is 'text' and {came}; text='classify this review' and reparameterize=False"
+                " would be right"
+            )
         if self.attentions is not None and (
             not self._kinds() or not all(kind in KINDS for kind in self._kinds())
         ):
@@ -119,7 +136,20 @@ class Prefix(Method):
             raise ValueError(
                 f"Prefix: tokens is {tokens} and the model has {left} positions; fewer would be right"
             )
-        return _Plan(body, _sizes(model.config, places, kinds), shared)
+        ids = self._ids(model) if self.init == "text" and shared is None else None
+        return _Plan(body, _sizes(model.config, places, kinds), shared, ids)
+
+    def _ids(self, model: nn.Module) -> Tensor:  # [1, V]
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+        ids = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"Prefix: the tokenizer finds no token in {self.text!r}")
+        repeats = -(-self.tokens // len(ids))
+        return torch.tensor([(ids * repeats)[: self.tokens]], device=next(model.parameters()).device)
 
     def _shared(self, host: PrefixHost | None) -> PrefixTokens | None:
         """The prefix of the adapter that it shares with. Raises ValueError where there is none."""
@@ -148,6 +178,8 @@ class Prefix(Method):
             hidden = wide if self.reparameterize is True else int(self.reparameterize)
             place = {"device": weight.device, "dtype": master_dtype(weight.dtype)}
             tokens = PrefixTokens(self.tokens, plan.sizes, hidden, **place)
+            if plan.ids is not None:
+                tokens.start_from(read_text(model, plan.body, list(plan.sizes.pairs), plan.ids, router))
         add_prefix(model, plan.body, host, name, tokens)
 
     def leave(self, model: nn.Module, name: str, key: str) -> None:

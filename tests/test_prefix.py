@@ -1,0 +1,375 @@
+"""Prefix: where its keys and values stand in each family, its routes, its sharing, and what it borrows."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import pefast
+from pefast.architectures import backbone
+from pefast.layers import attention
+from pefast.model import parameters_of
+from tests.models import (
+    FAMILIES,
+    Numbers,
+    assert_as_it_was,
+    assert_close,
+    assert_refused,
+    build,
+    inputs,
+    logits,
+    snapshot,
+    step,
+    stir,
+    trained,
+)
+
+Prefix, LoRA = pefast.Prefix, pefast.LoRA
+every_family = pytest.mark.parametrize("family", FAMILIES)
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+
+
+def with_prefixes(family: str, **lengths: int):
+    """A model with a prefix of that many tokens for each name, all stirred, the last one active."""
+    model = build(family)
+    for seed, (name, tokens) in enumerate(lengths.items()):
+        stir(pefast.attach(model, Prefix(tokens=tokens), name), seed)
+    return model
+
+
+def implementation(model) -> set[str]:
+    """What computes attention in each part of a model."""
+    return {m.config._attn_implementation for m in model.modules() if hasattr(m, "set_attn_implementation")}
+
+
+def put_before(linear, values):
+    """From here on a projection's first tokens [V, G·D] are `values`, whatever it is given."""
+
+    def hook(module, args, output):
+        return torch.cat((values.expand(output.shape[0], -1, -1), output[:, values.shape[0] :]), 1)
+
+    return linear.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("kinds", [("encoder",), ("cross",), ("decoder", "cross"), None], ids=str)
+def test_in_t5_it_is_tokens_before_the_first_whose_keys_and_values_are_its_own(kinds):
+    model, plain, fed = build("t5"), build("t5"), inputs("t5")
+    stir(pefast.attach(model, Prefix(tokens=3, attentions=kinds)))
+    right = logits(model, **fed)
+    tokens = backbone(model).prefixes["default"]
+    ahead = {"encoder": kinds is None or "encoder" in kinds, "decoder": kinds is None or "decoder" in kinds}
+    for path in tokens.sizes.pairs:
+        for projection, part in zip("kv", tokens.of(path), strict=True):  # [G, V, D]
+            linear = plain.get_submodule(f"{path}.{projection}")
+            put_before(linear, part.detach().transpose(0, 1).flatten(1))
+    encoder = {"input_ids": fed["input_ids"], "attention_mask": fed["attention_mask"]}
+    if ahead["encoder"]:
+        encoder = {key: torch.nn.functional.pad(value, (3, 0), value=1) for key, value in encoder.items()}
+    with torch.no_grad():
+        states = plain.encoder(**encoder).last_hidden_state[:, 3 if ahead["encoder"] else 0 :]
+    mask, ids = fed["attention_mask"], fed["decoder_input_ids"]
+    if kinds is None or "cross" in kinds:
+        states = torch.nn.functional.pad(states, (0, 0, 3, 0))
+        mask = torch.nn.functional.pad(mask, (3, 0), value=1)
+    if ahead["decoder"]:
+        ids = torch.nn.functional.pad(ids, (3, 0), value=1)
+    got = logits(plain, encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=ids)
+    assert_close(got[:, -5:], right)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_from_text_a_causal_model_starts_as_if_it_had_read_it(family):
+    model, fed = build(family).train(), inputs(family, rows=2)
+    before = snapshot(model)
+    del fed["attention_mask"]
+    model.eval()
+    read = torch.cat((torch.tensor([[7, 9, 11, 7]]).expand(2, -1), fed["input_ids"]), 1)
+    right = logits(model, input_ids=read)[:, 4:]
+    stir(pefast.attach(model, LoRA(rank=2), "other"))
+    pefast.attach(model, Prefix(tokens=4, init="text", text="7 9 11", tokenizer=Numbers()))
+    assert_close(logits(model, **fed), right)
+    pefast.detach(model.train())
+    assert_as_it_was(model, before)
+
+
+@every_family
+@pytest.mark.parametrize("was", ["sdpa", "eager"])
+def test_attention_is_borrowed_while_a_prefix_is_active(family, was):
+    model, fed = build(family), inputs(family)
+    model.set_attn_implementation(was)
+    right = logits(model, **fed)
+    stir(pefast.attach(model, Prefix(tokens=3)))
+    assert implementation(model) == {attention.NAME}
+    got = logits(model, **fed)
+    pefast.activate(model, None)
+    assert implementation(model) == {was} and torch.equal(logits(model, **fed), right)
+    with pefast.route(model, ["default"] * 3):
+        assert implementation(model) == {attention.NAME}
+        assert_close(logits(model, **fed), got)
+    assert implementation(model) == {was}
+    pefast.activate(model, "default")
+    pefast.detach(model)
+    assert implementation(model) == {was} and torch.equal(logits(model, **fed), right)
+
+
+def test_attention_that_is_accelerated_stays_so():
+    model = build("bert")
+    pefast.attach(model, Prefix(tokens=3))
+    pefast.accelerate(model)
+    assert implementation(pefast.detach(model)) == {attention.NAME}
+    pefast.attach(model, Prefix(tokens=3))
+    pefast.accelerate(model, attention=False)
+    assert implementation(model) == {attention.NAME}
+    assert implementation(pefast.detach(model)) == {"sdpa"}
+
+
+def test_attention_that_was_changed_under_a_prefix_says_so():
+    model = pefast.attach(build("llama"), Prefix(tokens=3))
+    model.set_attn_implementation("sdpa")
+    assert_refused(lambda: logits(model, **inputs("llama")), "Prefix: ", "activate", error=RuntimeError)
+
+
+@every_family
+def test_the_op_is_given_the_prefix_and_no_copy_of_the_keys(family, monkeypatch):
+    model, seen = with_prefixes(family, one=3), []
+
+    def spy(query, key, value, *rest):
+        seen.append((key.shape[2], rest[0].shape))
+        return real(query, key, value, *rest)
+
+    real = attention.prefix_attention
+    monkeypatch.setattr(attention, "prefix_attention", spy)
+    logits(model, **inputs(family))
+    # T5's scores have a bias, which is sdpa's
+    heads = {"llama": 2}.get(family, 4)
+    assert seen == [] if family == "t5" else [(9, (heads, 3, 8))] * 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("cache", ["static", "dynamic", None])
+def test_generation_with_every_cache(family, cache):
+    model, fed = with_prefixes(family, one=3), inputs(family)
+    fed = {key: fed[key].flip(1) for key in ("input_ids", "attention_mask")}
+    options = {"use_cache": False} if cache is None else {"cache_implementation": cache}
+    options |= {**GREEDY, "output_logits": True, "return_dict_in_generate": True, "disable_compile": True}
+    got = model.generate(**fed, **options)
+    # the same without generate: the whole sequence at once, the prefix before it
+    start = fed["input_ids"].shape[1] if family != "t5" else 1
+    if family == "t5":
+        whole = {**fed, "decoder_input_ids": got.sequences}
+    else:
+        mask = torch.cat((fed["attention_mask"], torch.ones(3, 6, dtype=torch.long)), 1)
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        whole = {"input_ids": got.sequences, "attention_mask": mask, "position_ids": places}
+    right = logits(model, **whole)[:, start - 1 : -1]
+    assert_close(torch.stack(got.logits, 1), right)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
+@pytest.mark.parametrize("hidden", [False, 4], ids=["plain", "network"])
+@every_family
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_gradient_checkpointing(family, hidden, reentrant):
+    model = stir(pefast.attach(build(family), Prefix(tokens=3, reparameterize=hidden))).train()
+    one, other = inputs(family), inputs(family, length=6)
+    right = [step(model, fed)[1] for fed in (one, other)]
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    # two forwards before one backward: what is done again is what each of them did
+    sum(model(**fed).logits.square().mean() for fed in (one, other)).backward()
+    for name, parameter in trained(model).items():
+        assert_close(parameter.grad, right[0][name] + right[1][name])
+
+
+@every_family
+def test_a_routed_batch_is_each_row_on_its_own(family):
+    model, fed = with_prefixes(family, one=2, two=5, three=1), inputs(family, rows=5)
+    pefast.attach(model, LoRA(rank=2), "lora")
+    names = ["two", None, "one", "lora", "two"]
+    with pefast.route(model, names):
+        got = logits(model, **fed)
+        assert torch.equal(logits(model, **fed), got)
+    for row, name in enumerate(names):
+        pefast.activate(model, name)
+        single = {key: value[row : row + 1] for key, value in fed.items()}
+        assert_close(got[row : row + 1], logits(model, **single))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_a_routed_batch_trains_each_prefix_on_its_own_rows(family):
+    model, fed = with_prefixes(family, one=2, two=4), inputs(family, rows=4)
+    names = ["one", "two", "one", None]
+    pefast.activate(model, ["one", "two"])
+    with pefast.route(model, names):
+        got, again = step(model, fed)[1], step(model, fed)[1]
+    assert all(torch.equal(got[name], again[name]) for name in got)
+    for name in ("one", "two"):
+        pefast.activate(model, name)
+        own = [row for row, each in enumerate(names) if each == name]
+        _, right = step(model, {key: value[own] for key, value in fed.items()})
+        for parameter, gradient in right.items():
+            assert_close(got[parameter], gradient * len(own) / len(names))
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_routed_batch_generates_what_each_row_would(family):
+    model, fed = with_prefixes(family, one=2, two=5), inputs(family)
+    fed = {key: fed[key].flip(1) for key in ("input_ids", "attention_mask")}
+    names = ["two", "one", None]
+    for more in ({}, {"num_beams": 2}):
+        with pefast.route(model, names):
+            got = model.generate(**fed, **GREEDY, **more)
+        for row, name in enumerate(names):
+            pefast.activate(model, name)
+            single = {key: value[row : row + 1] for key, value in fed.items()}
+            assert torch.equal(got[row], model.generate(**single, **GREEDY, **more)[0])
+
+
+def test_two_prefixes_stand_one_behind_the_other():
+    for family in FAMILIES:
+        model, both = with_prefixes(family, one=2, two=3), with_prefixes(family, both=5)
+        pefast.activate(model, ["one", "two"])
+        values = [parameters_of(model, name)["prefix/prompt_embeddings"] for name in ("one", "two")]
+        with torch.no_grad():
+            parameters_of(both, "both")["prefix/prompt_embeddings"].copy_(torch.cat(values))
+        if family == "bert":
+            both.classifier.copies["both"].load_state_dict(model.classifier.copies["two"].state_dict())
+        assert_close(logits(model, **inputs(family)), logits(both, **inputs(family)))
+
+
+def sharing(hidden=False):
+    """A model with two tasks on one prefix, each with a head of its own."""
+    model = pefast.attach(build("bert"), Prefix(tokens=3, reparameterize=hidden), "one")
+    pefast.attach(model, Prefix(share="one"), "two")
+    return stir(pefast.activate(model, ["one", "two"]))
+
+
+@pytest.mark.parametrize("hidden", [False, 4], ids=["plain", "network"])
+def test_tasks_share_one_prefix_and_train_it_together(hidden):
+    model, fed = sharing(hidden), inputs("bert", rows=4)
+    names = [name for name in trained(model) if "prefixes" in name]
+    assert names and not [name for name in names if ".two." in name]
+    pefast.activate(model, "one")
+    alone = logits(model, **fed)
+    pefast.activate(model, ["one", "two"])
+    with pefast.route(model, ["one", "two", "two", "one"]):
+        got = step(model, fed)[1]
+    parts = {}
+    for name, own in (("one", [0, 3]), ("two", [1, 2])):
+        pefast.activate(model, name)
+        # the one prefix trains whichever task is active
+        assert names == [each for each in trained(model) if "prefixes" in each]
+        parts[name] = step(model, {key: value[own] for key, value in fed.items()})[1]
+    for name in names:
+        assert_close(got[name], (parts["one"][name] + parts["two"][name]) / 2)
+    # both active without a route: one prefix, not two
+    pefast.activate(model, ["two", "one"])
+    assert torch.equal(logits(model, **fed), alone)
+    pefast.detach(model, "one")
+    pefast.activate(model, "two")
+    assert step(model, fed)[1].keys() >= {"classifier.copies.two.weight"}
+
+
+@pytest.mark.parametrize("hidden", [False, 4], ids=["plain", "network"])
+def test_a_shared_prefix_is_saved_whole_and_shared_again(hidden, tmp_path):
+    model, fed = sharing(hidden), inputs("bert")
+    right = {}
+    for name in ("one", "two"):
+        pefast.activate(model, name)
+        right[name] = logits(model, **fed)
+        pefast.save(model, tmp_path / name, name)
+    fresh = build("bert")
+    for name in ("one", "two"):
+        pefast.load(fresh, tmp_path / name, name)
+        assert torch.equal(logits(fresh, **fed), right[name])
+    prefixes = backbone(fresh).prefixes
+    assert prefixes["one"] is prefixes["two"]
+    assert len([name for name in fresh.state_dict() if "prefixes.two" in name]) > 0
+    # alone, or beside another that has other numbers, it has its own
+    alone = pefast.load(build("bert"), tmp_path / "two", "two")
+    assert torch.equal(logits(alone, **fed), right["two"])
+    other = pefast.attach(build("bert"), Prefix(tokens=3), "one")
+    pefast.load(other, tmp_path / "two", "two")
+    assert torch.equal(logits(other, **fed), right["two"])
+    assert backbone(other).prefixes["one"] is not backbone(other).prefixes["two"]
+    twin = copy.deepcopy(fresh)
+    assert backbone(twin).prefixes["one"] is backbone(twin).prefixes["two"]
+    assert backbone(twin).prefixes["one"] is not prefixes["one"]
+
+
+def test_inputs_may_be_as_long_as_without_a_prefix_that_has_no_position():
+    for family in ("bert", "gpt2"):
+        model = pefast.attach(build(family), Prefix(tokens=5, positions="none"))
+        assert logits(model, **inputs(family, length=48)).isfinite().all()
+        pefast.detach(model)
+        pefast.attach(model, Prefix(tokens=5))
+        assert_refused(lambda: logits(model, **inputs(family, length=44)), "Prefix: 49 positions", "48")  # noqa: B023
+        assert logits(model, **inputs(family, length=43)).isfinite().all()
+
+
+REFUSED = {
+    "no tokens": ("llama", Prefix(tokens=0), ["Prefix: tokens is 0"]),
+    "half a token": ("llama", Prefix(tokens=0.5), ["tokens is 0.5"]),
+    "a network of size -1": ("llama", Prefix(reparameterize=-1), ["reparameterize is -1"]),
+    "positions": ("llama", Prefix(positions="moved"), ["'moved'", "shifted", "none"]),
+    "start": ("llama", Prefix(init="zero"), ["init is 'zero'", "random", "text"]),
+    "text that is none": ("llama", Prefix(init="text"), ["no text"]),
+    "text and a network": ("llama", Prefix(init="text", text="5", reparameterize=4), ["network"]),
+    "kind of attention": ("t5", Prefix(attentions="self"), ["'self'", "encoder, decoder, cross"]),
+    "no kind of attention": ("t5", Prefix(attentions=()), ["encoder, decoder, cross"]),
+    "attention that is not there": ("bert", Prefix(attentions=["cross"]), ["'cross'", "it has encoder"]),
+    "longer than BERT's positions": ("bert", Prefix(tokens=48), ["tokens is 48", "48 positions"]),
+    "longer than GPT-2's positions": ("gpt2", Prefix(tokens=60), ["tokens is 60", "48 positions"]),
+    "sharing with nobody": ("bert", Prefix(share="other"), ["share is 'other'"]),
+    "two of them": ("bert", [Prefix(tokens=2), Prefix(tokens=2)], ["one Prefix for each adapter"]),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_cannot_be_is_one_sentence_and_nothing_changes(case):
+    family, method, parts = REFUSED[case]
+    model = build(family)
+    before, was = snapshot(model), implementation(model)
+    assert_refused(lambda: pefast.attach(model, method), *parts)
+    assert_as_it_was(model, before)
+    assert implementation(model) == was
+
+
+def test_models_that_it_does_not_know():
+    model = build("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    assert_refused(
+        lambda: pefast.attach(model, Prefix()), "flash_attention_2", "set_attn_implementation('sdpa')"
+    )
+    assert implementation(model) == {"flash_attention_2"}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+    clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, vocab_size=50))
+    assert_refused(lambda: pefast.attach(clip, Prefix()), "Prefix: ", "'clip_text_model'", "bert")
+    capped = transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**sizes, num_key_value_heads=4, head_dim=8, vocab_size=50)
+    )
+    assert_refused(lambda: pefast.attach(capped, Prefix()), "Prefix: Gemma2ForCausalLM", "caps the scores")
+    model = pefast.attach(build("llama"), Prefix(tokens=2), "one")
+    before = snapshot(model)
+    assert_refused(
+        lambda: pefast.attach(model, Prefix(positions="none"), "two"), "one for all would be right"
+    )
+    assert_as_it_was(model, before)
+
+
+def test_a_file_of_another_size_is_refused(tmp_path):
+    folder = pefast.save(stir(pefast.attach(build("gpt2"), Prefix(tokens=3))), tmp_path / "prefix")
+    model = build("llama")
+    before = snapshot(model)
+    assert_refused(
+        lambda: pefast.load(model, folder), "does not fit", "prompt_embeddings", "[3, 128]", "[3, 64]"
+    )
+    assert_as_it_was(model, before)
+
+
+def test_a_route_of_another_length_than_the_batch():
+    model = with_prefixes("llama", one=2)
+    with pefast.route(model, ["one", None]):
+        assert_refused(lambda: logits(model, **inputs("llama")), "route: 2 names", "3 rows")

@@ -19,12 +19,14 @@ _HOMES = {
     "Full": "methods",
     "Layers": "methods",
     "Bias": "methods",
+    "Heads": "methods",
     "accelerate": "acceleration",
     "attach": "model",
     "detach": "model",
     "merge": "model",
     "unmerge": "model",
     "activate": "model",
+    "average": "averaging",
     "route": "model",
     "save": "checkpoint",
     "load": "checkpoint",
@@ -40,6 +42,7 @@ __all__ = [
     "Bias",
     "Full",
     "FusedLoRALinear",
+    "Heads",
     "Layers",
     "LoRA",
     "Prefix",
@@ -48,6 +51,7 @@ __all__ = [
     "accelerate",
     "activate",
     "attach",
+    "average",
     "backend",
     "detach",
     "explain",
@@ -63,10 +67,11 @@ __all__ = [
 if TYPE_CHECKING:
     from pefast import ops
     from pefast.acceleration import accelerate
+    from pefast.averaging import average
     from pefast.checkpoint import load, save
     from pefast.dispatch import backend
     from pefast.layers import FusedLoRALinear
-    from pefast.methods import IA3, Adapter, Bias, Full, Layers, LoRA, Prefix, Prompt
+    from pefast.methods import IA3, Adapter, Bias, Full, Heads, Layers, LoRA, Prefix, Prompt
     from pefast.model import activate, attach, detach, merge, route, unmerge
     from pefast.optimizer import parameter_groups
     from pefast.report import explain

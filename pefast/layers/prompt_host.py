@@ -339,3 +339,13 @@ def drop_prompt(owner: nn.Module, name: str) -> None:
         for handle in owner.prompt_handles:
             handle.remove()
         del owner.prompts, owner.prompt_hooks, owner.prompt_handles
+
+
+def positions_left(body: nn.Module) -> int | None:
+    """How many tokens a model can read beside its active prompts; None where no number is known."""
+    most = getattr(body.config, "max_position_embeddings", None)
+    if most is None or not hasattr(body, "prompts"):
+        return most and most - _first_position(body)
+    hooks = body.prompt_hooks[0]
+    prompts = [(body.prompts[name], i) for name, i in hooks.router.turns if name in body.prompts]
+    return most - _first_position(body) - hooks._most(prompts)

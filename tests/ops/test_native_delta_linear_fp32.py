@@ -1,0 +1,288 @@
+"""The native hand of delta_linear in fp32: products of bf16 parts, as close as PyTorch's, or one bf16 part."""
+
+import pytest
+import torch
+
+from pefast.native import delta_linear_fp32 as native
+from pefast.native import packs
+from pefast.ops.delta_linear import Call, Needs, Segment, delta_linear, reference
+from pefast.testing import assert_no_worse
+
+pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+
+# M, K, N, R: one of each, no multiple of a tile, all multiples, several panels, stretches and blocks of rows
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 64, 48, 4),
+    (3, 17, 33, 3),
+    (33, 65, 63, 8),
+    (17, 1100, 31, 24),
+    (64, 384, 384, 16),
+    (63, 96, 1700, 64),
+    (40, 33, 80, 256),
+    (530, 130, 70, 16),
+    (1100, 64, 96, 5),
+    (96, 2048, 64, 16),
+    (300, 600, 1200, 40),
+]
+ALL = Needs(True, False, False, False, ((True, True, False, True, True),))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_call(shape, dropout=0.0, bias=True, apart=0, form="linear", given=False, compute=None) -> tuple:
+    """A call and a gradient of its result; rows of x and dy have `apart` numbers between them."""
+    m, k, n, r = shape
+    generator = torch.Generator().manual_seed(m * 7 + k * 3 + n + r)
+
+    def normal(*size, by=1.0):
+        return (torch.randn(*size, generator=generator, dtype=torch.float64) * by).float()
+
+    w = {"linear": (n, k), "conv1d": (k, n), "strided": (2 * n, 3 * k)}[form]
+    w = normal(*w, by=k**-0.5)
+    w = torch.nn.Parameter(w, requires_grad=False)
+    w = {"linear": w, "conv1d": w.t(), "strided": w[::2, ::3]}[form]
+    segment = Segment(normal(r, k, by=k**-0.5), normal(n, r, by=r**-0.5), 1.5, dropout=dropout)
+    if given:
+        segment = Segment(None, segment.b, 1.5, d=normal(n), h=normal(m, r))
+    x, dy = normal(m, k + apart)[:, :k], normal(m, n + apart)[:, :n]
+    seed = torch.tensor([123456789012345])
+    call = Call(x, w, normal(n) if bias else None, None, None, seed, (segment,), None, compute)
+    if why := native.refuse(call):
+        pytest.skip(why)
+    return call, dy
+
+
+def run(call, dy) -> dict:
+    y, saved = native.forward(call)
+    dx, _, _, _, [(da, db, _, dd, dh)] = native.backward(call, saved, dy, needs_of(call))
+    found = {"y": y, "h": saved[0][0], "dx": dx, "da": da, "db": db, "dd": dd, "dh": dh}
+    return {name: t for name, t in found.items() if t is not None}
+
+
+def needs_of(call) -> Needs:
+    s = call.segments[0]
+    return Needs(
+        True, False, False, False, ((s.a is not None, True, False, s.d is not None, s.h is not None),)
+    )
+
+
+def formula(call, dy, dtype, products=None) -> dict:
+    """The reference in dtype, its factors rounded to `products` first."""
+    s = call.segments[0]
+
+    def leaf(t):
+        return None if t is None else t.detach().to(products or dtype).to(dtype).requires_grad_()
+
+    x, w, a, b, d, h = (leaf(t) for t in (call.x, call.w, s.a, s.b, s.d, s.h))
+    bias = None if call.bias is None else call.bias.to(dtype)
+    y = reference(x, w, (s._replace(a=a, b=b, d=d, h=h),), bias, seed=call.seed)
+    leaves = {"dx": x, "da": a, "db": b, "dd": d, "dh": h}
+    leaves = {name: t for name, t in leaves.items() if t is not None}
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(products or dtype).to(dtype))
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def assert_close(got: dict, call, dy) -> None:
+    near, exact = formula(call, dy, torch.float32), formula(call, dy, torch.float64)
+    for name in exact:
+        assert_no_worse(name, got[name], near[name], exact[name])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, dropout):
+    call, dy = make_call(shape, dropout)
+    assert_close(run(call, dy), call, dy)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": False},
+        {"apart": 5},
+        {"apart": 32},
+        {"form": "conv1d"},
+        {"form": "strided"},
+        {"given": True},
+        {"given": True, "bias": False, "apart": 3},
+    ],
+    ids=str,
+)
+def test_every_form_of_input(options):
+    call, dy = make_call((70, 130, 97, 16), 0.0 if "given" in options else 0.05, **options)
+    assert_close(run(call, dy), call, dy)
+
+
+@pytest.mark.parametrize("shape", [(64, 384, 384, 16), (33, 65, 63, 8), (530, 1700, 70, 16)], ids=str)
+def test_a_frozen_layer_alone(shape):
+    call, dy = make_call(shape)
+    call = call._replace(segments=())
+    y, saved = native.forward(call)
+    dx, *_, deltas = native.backward(call, saved, dy, Needs(True, False, False, False, ()))
+    assert saved == [] and deltas == []
+    for name, got, f in (
+        ("y", y, lambda t: call.x.to(t) @ call.w.to(t).t() + call.bias.to(t)),
+        ("dx", dx, lambda t: dy.to(t) @ call.w.to(t)),
+    ):
+        assert_no_worse(name, got, f(torch.float32), f(torch.float64))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_in_bf16(shape):
+    """With compute="bf16" results are fp32, and held to what bf16 products allow, not to fp32."""
+    call, dy = make_call(shape, 0.05, compute="bf16")
+    got, exact = run(call, dy), formula(call, dy, torch.float64)
+    near = formula(call, dy, torch.bfloat16)
+    for name in exact:
+        assert got[name].dtype == torch.float32
+        assert_no_worse(name, got[name].to(torch.bfloat16), near[name], exact[name])
+    if shape[1] > 1:
+        three = run(call._replace(compute=None), dy)
+        assert not torch.equal(got["y"], three["y"]), "the products were not in bf16"
+
+
+def test_products_in_bf16_round_nothing_but_the_factors():
+    """Without a delta: the frozen product of rounded factors, summed in fp32."""
+    call, _ = make_call((130, 700, 96, 8), bias=False, compute="bf16")
+    y, _ = native.forward(call._replace(segments=()))
+    x, w = call.x.bfloat16(), call.w.bfloat16()
+    assert_no_worse("y", y, x.float() @ w.float().t(), x.double() @ w.double().t())
+
+
+def test_zero_rows():
+    call, dy = make_call((0, 32, 24, 8), 0.05)
+    got = run(call, dy)
+    assert got["y"].shape == (0, 24) and got["dx"].shape == (0, 32)
+    assert not got["da"].any() and not got["db"].any()
+
+
+@pytest.mark.parametrize("fault", ["scale", "rank", "column", "element", "mask", "bf16"])
+def test_the_measure_finds_planted_faults(fault):
+    call, dy = make_call((64, 128, 96, 8), 0.5)
+    s = call.segments[0]
+    wrong = {
+        "scale": s._replace(scale=s.scale * 1.00001),
+        "rank": s._replace(b=s.b * (torch.arange(8) < 7)),
+        "column": s._replace(a=s.a * (torch.arange(128) < 127)),
+    }.get(fault, s)
+    other = call._replace(segments=(wrong,), seed=call.seed + (fault == "mask"))
+    got = run(other._replace(compute="bf16" if fault == "bf16" else None), dy)
+    if fault == "element":
+        got["dx"][5, 7] += 1e-4
+    with pytest.raises(AssertionError):
+        assert_close(got, call, dy)
+
+
+@pytest.mark.parametrize("compute", [None, "bf16"])
+@pytest.mark.parametrize(
+    "shape", [(1, 33, 40, 3), (64, 384, 384, 16), (700, 96, 1730, 24), (1100, 600, 64, 4)], ids=str
+)
+def test_same_bits_every_run_and_for_any_number_of_threads(shape, compute):
+    call, dy = make_call(shape, 0.05, compute=compute)
+    first = run(call, dy)
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        again = run(call, dy)
+        different = [name for name in first if not torch.equal(first[name], again[name])]
+        assert not different, f"{different} differ with {threads} threads"
+
+
+def test_only_the_gradients_asked_for():
+    call, dy = make_call((50, 64, 48, 8), 0.05)
+    whole = run(call, dy)
+    _, saved = native.forward(call)
+    for x, a, b in [(True, False, False), (False, True, False), (False, False, True), (False, False, False)]:
+        needs = Needs(x, False, False, False, ((a, b, False, False, False),))
+        dx, _, _, _, [(da, db, *_)] = native.backward(call, saved, dy, needs)
+        for name, asked, got in (("dx", x, dx), ("da", a, da), ("db", b, db)):
+            assert torch.equal(got, whole[name]) if asked else got is None, name
+
+
+def test_extreme_values():
+    """Near the largest number nothing overflows on the way; what is not finite is never hidden."""
+    call, _ = make_call((40, 64, 48, 4), bias=False)
+    for size in (1e-30, 1e30, 3.4e38 / 64):
+        x = call.x / call.x.abs().max() * size
+        y, _ = native.forward(call._replace(x=x, segments=()))
+        assert_no_worse("y", y / size, x / size @ call.w.t(), x.double() / size @ call.w.double().t())
+    most = torch.full((40, 64), torch.finfo(torch.float32).max)
+    half = call._replace(x=most, w=torch.nn.Parameter(torch.eye(64)[:48] * 0.5, requires_grad=False))
+    assert torch.equal(native.forward(half._replace(segments=(), bias=None))[0], most[:, :48] * 0.5)
+    for worst in (float("nan"), float("inf"), -float("inf")):
+        x = call.x.clone()
+        x[3, 5] = worst
+        bad = ~native.forward(call._replace(x=x, segments=()))[0].isfinite()
+        assert bad[3].all() and not bad[:3].any() and not bad[4:].any()
+
+
+def test_packs_follow_the_weight_and_are_counted():
+    call, dy = make_call((20, 64, 96, 4))
+    run(call, dy)
+    assert packs.packed_bytes(call.w) == 2 * 3 * 2 * 64 * 96
+    run(call._replace(compute="bf16"), dy)
+    assert packs.packed_bytes(call.w) == 2 * 3 * 2 * 64 * 96 + 2 * 2 * 64 * 96
+    for write in (lambda: call.w.mul_(2), lambda: call.w.data.mul_(2)):
+        with torch.no_grad():
+            write()
+        assert_close(run(call, dy), call, dy)
+
+
+def test_memory_is_left_free(monkeypatch):
+    call, dy = make_call((20, 64, 96, 4))
+    monkeypatch.setattr(packs, "_memory", lambda: (300_000, 1_000_000))
+    assert "memory" in native.decline(call)
+    monkeypatch.setattr(packs, "_memory", lambda: (900_000, 1_000_000))
+    assert native.decline(call) == ""
+    run(call, dy)
+    monkeypatch.setattr(packs, "_memory", lambda: (0, 1_000_000))
+    assert native.decline(call) == "", "it is packed already"
+
+
+def test_refusals_are_words():
+    call, _ = make_call((14, 32, 24, 2))
+    s = call.segments[0]
+    cases = {
+        "float32": call._replace(w=call.w.bfloat16()),
+        "one segment": call._replace(segments=(s, s)),
+        "gain": call._replace(gain=torch.ones(24)),
+        "activation": call._replace(segments=(s._replace(activation="relu"),)),
+        "adapter": call._replace(segments=(s._replace(adapter=1),)),
+        "bias of the waist": call._replace(segments=(s._replace(c=torch.ones(2)),)),
+        "frozen": call._replace(w=torch.nn.Parameter(call.w)),
+        "a, b, d and h in float32": call._replace(segments=(s._replace(a=s.a.double()),)),
+    }
+    for word, other in cases.items():
+        assert word in native.refuse(other)
+    assert native.decline(call) == "" and "parameter" in native.decline(call._replace(w=call.w.detach()))
+    assert "rows" in native.decline(call._replace(x=call.x[:2]))
+
+
+def test_through_autograd_and_any_leading_dimensions():
+    call, dy = make_call((60, 96, 80, 8), 0.3)
+    s = call.segments[0]
+    x = call.x.reshape(4, 15, 96).clone().requires_grad_()
+    a, b = s.a.clone().requires_grad_(), s.b.clone().requires_grad_()
+    y = delta_linear(x, call.w, s._replace(a=a, b=b), call.bias, seed=call.seed, backend="native")
+    dx, da, db = torch.autograd.grad(y, (x, a, b), dy.reshape(4, 15, 80))
+    assert dx.shape == x.shape and y.shape == (4, 15, 80)
+    assert_close({"y": y.detach().view(60, 80), "dx": dx.view(60, 96), "da": da, "db": db}, call, dy)
+
+
+def test_the_operators_pass_opcheck():
+    for given in (False, True):
+        call, dy = make_call((9, 33, 20, 3), 0.0 if given else 0.05, given=given)
+        s = call.segments[0]
+        waist = (s.a, s.b, s.h, s.scale, s.dropout, call.seed if s.dropout else None, 3)
+        torch.library.opcheck(torch.ops.pefast.delta_linear_fp32.default, (call.x, call.w, call.bias, *waist))
+        h = native.forward(call)[1][0][0]
+        waist = (s.a, s.b, h, *waist[3:])
+        asked = (True, given, not given, True)
+        inputs = (dy, call.x, call.w, *waist, *asked)
+        torch.library.opcheck(torch.ops.pefast.delta_linear_fp32_backward.default, inputs)

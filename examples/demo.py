@@ -81,7 +81,8 @@ def main() -> None:
     changes = {"data.train_rows": 3000, "training.epochs": 1, "output": "out/quick"} if quick else {}
     run, numbers = learn(changes)
     fresh = reload(run, numbers["logits"])
-    for text, (name, share) in zip(SENTENCES, training.named(fresh, SENTENCES), strict=True):
+    said = training.say(fresh, [{"text": text} for text in SENTENCES])
+    for text, (name, share) in zip(SENTENCES, (answer.values() for answer in said), strict=True):
         say(f"{name:8} {share:.2f}  {text}")
     show(numbers, training.paired_steps(run))
     console.print(pefast.explain(run.model), markup=False, soft_wrap=True)

@@ -24,9 +24,9 @@ def main() -> None:
 
     def batch(chosen):
         inputs = tokenizer(
-            [row.text for row in chosen], padding=True, truncation=True, max_length=64, return_tensors="pt"
+            [row["text"] for row in chosen], padding=True, truncation=True, max_length=64, return_tensors="pt"
         )
-        return inputs, torch.tensor([int(row.label) for row in chosen])
+        return inputs, torch.tensor([int(row["label"]) for row in chosen])
 
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float32)

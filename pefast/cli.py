@@ -95,12 +95,10 @@ def evaluate(
     """Score a trained run on its held-out rows, or on a file."""
     with _in_words():
         from . import training
-        from .tasks import rows
 
         restored = training.restore(run, with_rows=source is None)
         if source is not None:
-            data = restored.recipe.data
-            restored.test = rows.read(source, data.text, data.label, data.where)
+            restored.test = training.read_rows(restored.recipe, source)
         metrics = training.score(restored)[1]
         _table(f"{len(restored.test):,} rows", ("", "score"), list(metrics.items()))
 
@@ -123,8 +121,9 @@ def predict(
         from . import training
 
         restored = training.restore(run, with_rows=False)
-        for text, (name, share) in zip(found, training.named(restored, found), strict=True):
-            console.print(f"{name}  {share:.3f}  {text}", markup=False, soft_wrap=True)
+        for text, said in zip(found, training.say(restored, [{"text": text} for text in found]), strict=True):
+            words = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in said.values())
+            console.print("  ".join((*words, text)), markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -19,12 +19,13 @@ class Source:
     test_source: str | None = (
         None  # a file of its own for the held-out rows; otherwise test_rows are split off
     )
-    text: str = "text"
-    label: str = "label"
+    valid_source: str | None = None  # rows that choose between epochs and settings; otherwise valid_rows
+    columns: dict | None = None  # the column of a role, where it is not the task's own: {text: review}
     where: dict | None = None  # only rows whose columns have these values
     names: dict | None = None  # the name to show for each label
     train_rows: int | None = None  # at most so many
     test_rows: int = 1000
+    valid_rows: int = 0
     seed: int = 0  # of the split, apart from the training's seed so that runs stay comparable
 
 

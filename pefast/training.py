@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -39,6 +38,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     model: nn.Module
     train: list[Row]
+    valid: list[Row]
     test: list[Row]
 
     @property
@@ -74,9 +74,9 @@ def prepare(recipe: Recipe) -> Run:
     """Reads the rows, splits them, and loads the base model with a fresh head; nothing is attached yet."""
     _settle(recipe)
     task = tasks.find(recipe.task)
-    train, test = _rows(recipe)
-    recipe.data.names = task.labels(train + test, recipe.data.names)
-    return Run(recipe, task, *_model(recipe, task), train, test)
+    train, valid, test = _rows(recipe, task)
+    recipe.data.names = task.names(train + valid + test, recipe.data.names)
+    return Run(recipe, task, *_model(recipe, task), train, valid, test)
 
 
 def attach(run: Run) -> None:
@@ -100,8 +100,8 @@ def restore(folder: str | Path, with_rows: bool = True) -> Run:
     recipe = recipes.read(folder / RECIPE)
     _settle(recipe)
     task = tasks.find(recipe.task)
-    train, test = _rows(recipe) if with_rows else ([], [])
-    run = Run(recipe, task, *_model(recipe, task), train, test)
+    parts = _rows(recipe, task) if with_rows else ([], [], [])
+    run = Run(recipe, task, *_model(recipe, task), *parts)
     pefast.load(run.model, folder / ADAPTER)
     _accelerate(run, recipe.training.accelerate)
     return run
@@ -116,7 +116,7 @@ def fit(run: Run, watcher: Watcher) -> dict[str, float]:
         trainer = MeteredTrainer(
             run.model,
             _arguments(wanted, folder),
-            data_collator=run.task.collator(run.tokenizer),
+            data_collator=run.task.collator(run.tokenizer, run.model),
             train_dataset=run.task.encode(run.train, run.tokenizer, run.names, wanted.max_length),
             processing_class=run.tokenizer,
             callbacks=[watcher],
@@ -134,25 +134,21 @@ def fit(run: Run, watcher: Watcher) -> dict[str, float]:
     return {"steps": trainer.state.global_step, "seconds": seconds, "loss": loss, "train_accuracy": accuracy}
 
 
-def score(run: Run) -> tuple[Tensor, dict[str, float]]:
-    """Logits [n, C] of the held-out rows, and the task's metrics."""
-    logits = predict(run, [row.text for row in run.test])
-    number = {label: index for index, label in enumerate(run.names)}
-    return logits, run.task.metrics(logits.numpy(), np.array([number[row.label] for row in run.test]))
+def score(run: Run, rows: Sequence[Row] | None = None) -> tuple[object, dict[str, float]]:
+    """Answers to the held-out rows, or to others, in the task's own form, and the task's metrics."""
+    rows = run.test if rows is None else rows
+    answers = predict(run, rows)
+    return answers, run.task.metrics(answers, rows, run.names)
 
 
-def predict(run: Run, texts: Sequence[str]) -> Tensor:
-    """Logits [n, C] of any texts, in their order."""
-    return run.task.predict(run.model, run.tokenizer, texts, run.recipe.training.max_length)
+def predict(run: Run, rows: Sequence[Row]):
+    """Answers to any rows, in their order and in the task's own form (logits [n, C] for a classification)."""
+    return run.task.predict(run.model, run.tokenizer, rows, run.recipe.training.max_length)
 
 
-def named(run: Run, texts: Sequence[str]) -> list[tuple[str, float]]:
-    """For each text the most likely label's name, and its probability."""
-    shares, chosen = predict(run, texts).softmax(-1).max(-1)
-    return [
-        (run.model.config.id2label[index], share)
-        for index, share in zip(chosen.tolist(), shares.tolist(), strict=True)
-    ]
+def say(run: Run, rows: Sequence[Row]) -> list[dict[str, object]]:
+    """Answers to any rows, one dictionary each, for people and for JSON."""
+    return run.task.say(predict(run, rows), run.names)
 
 
 def store(run: Run, metrics: dict[str, float]) -> Path:
@@ -179,7 +175,7 @@ def paired_steps(run: Run, pairs: int = 8) -> dict[str, float]:
     wanted = run.recipe.training
     chosen = random.Random(0).sample(run.train, min(wanted.batch, len(run.train)))
     encoded = run.task.encode(chosen, run.tokenizer, run.names, wanted.max_length)
-    batch = run.task.collator(run.tokenizer)(encoded).to(run.model.device)
+    batch = run.task.collator(run.tokenizer, run.model)(encoded).to(run.model.device)
     run.model.train()
     times = {"automatic": [], "plain": []}
     for turn in range(pairs + 2):
@@ -240,16 +236,34 @@ def _settle(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.training.threads)
 
 
-def _rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
+def read_rows(recipe: Recipe, source: str | Path) -> list[Row]:
+    """The rows of one source, as the recipe's task and columns want them."""
+    task = tasks.find(recipe.task)
+    given = recipe.data.columns or {}
+    if unknown := sorted(set(given) - set(task.ROLES)):
+        raise ValueError(
+            f"data.columns: {recipe.task} has no {unknown[0]!r}; its roles are {', '.join(task.ROLES)}"
+        )
+    columns = {role: column for role, column in (task.ROLES | given).items() if column is not None}
+    return rows.read(carried.resolve(str(source)), columns, recipe.data.where)
+
+
+def _rows(recipe: Recipe, task: ModuleType) -> tuple[list[Row], list[Row], list[Row]]:
+    """To train on, to choose by, and held out to the end."""
     data = recipe.data
-    found = rows.read(carried.resolve(data.source), data.text, data.label, data.where)
+    train, valid = read_rows(recipe, data.source), []
     if data.test_source is None:
-        train, test = rows.split(found, data.test_rows, data.seed)
+        train, test = rows.split(train, data.test_rows, data.seed)
     else:
-        test = rows.read(carried.resolve(data.test_source), data.text, data.label, data.where)
-        train = rows.without(found, test)
+        test = read_rows(recipe, data.test_source)
+        train = rows.without(train, test)
         random.Random(data.seed).shuffle(train)
-    return train[: data.train_rows], test
+    if data.valid_source is not None:
+        valid = rows.without(read_rows(recipe, data.valid_source), test)
+        train = rows.without(train, valid)
+    elif data.valid_rows:
+        train, valid = rows.split(train, data.valid_rows, data.seed)
+    return train[: data.train_rows], valid, test
 
 
 def _model(recipe: Recipe, task: ModuleType) -> tuple[PreTrainedTokenizerBase, nn.Module]:

@@ -99,9 +99,9 @@ def test_two_trainings_give_the_same_bits(folder):
 def test_predictions_come_in_the_order_of_the_texts(trained):
     run = training.restore(trained, with_rows=False)
     texts = ["the film was good", "dull", "it was a warm story it was", "awful cast"]
-    together = training.predict(run, texts)
+    together = training.predict(run, [{"text": text} for text in texts])
     for text, row in zip(texts, together, strict=True):
-        torch.testing.assert_close(training.predict(run, [text])[0], row, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(training.predict(run, [{"text": text}])[0], row, rtol=1e-4, atol=1e-5)
 
 
 def test_paired_steps_leave_the_run_as_it_was(trained):

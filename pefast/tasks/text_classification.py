@@ -1,4 +1,4 @@
-"""Text classification: one label for one text.
+"""Text classification: one label for one text, or for a pair of texts.
 
 loss      cross entropy of the head's logits [B, C]
 accuracy  the share of rows whose largest logit is the label's
@@ -15,25 +15,28 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from .rows import Row
 
+ROLES = {"text": "text", "pair": None, "label": "label"}
+METRIC = "accuracy"
 
-def labels(rows: Sequence[Row], names: dict[str, str] | None = None) -> dict[str, str]:
+
+def names(rows: Sequence[Row], given: dict[str, str] | None = None) -> dict[str, str]:
     """Each label that occurs, sorted, and the name to show for it.
 
     Raises ValueError where there is only one label, or one without a name.
     """
-    found = sorted({row.label for row in rows})
+    found = sorted({str(row["label"]) for row in rows})
     if len(found) < 2:
         raise ValueError(
             f"text-classification: every row has the label {found[0]!r}; at least two are needed"
         )
-    if names is None:
+    if given is None:
         return {label: label for label in found}
-    unknown = [label for label in found if label not in names]
+    unknown = [label for label in found if label not in given]
     if unknown:
         raise ValueError(
-            f"data.names: no name for the label {unknown[0]!r}; there are names for {', '.join(names)}"
+            f"data.names: no name for the label {unknown[0]!r}; there are names for {', '.join(given)}"
         )
-    return names
+    return given
 
 
 def model(folder: str | Path, names: dict[str, str], dtype: torch.dtype) -> nn.Module:
@@ -52,21 +55,33 @@ def encode(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, names: dict[str, str], max_length: int
 ) -> list[dict]:
     """Token ids of each row, cut at `max_length` and not padded, with the label's number."""
-    number = {label: index for index, label in enumerate(names)}
-    for row in rows:
-        if row.label not in number:
-            raise ValueError(
-                f"text-classification: the label {row.label!r} is new; known labels are {', '.join(names)}"
-            )
-    encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_length)
+    numbers = _numbers(rows, names)
+    encoded = _tokens(rows, tokenizer, max_length)
     columns = {key: encoded[key] for key in encoded}
     return [
-        {key: column[index] for key, column in columns.items()} | {"labels": number[row.label]}
-        for index, row in enumerate(rows)
+        {key: column[index] for key, column in columns.items()} | {"labels": number}
+        for index, number in enumerate(numbers)
     ]
 
 
-def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], dict[str, Tensor]]:
+def _numbers(rows: Sequence[Row], names: dict[str, str]) -> list[int]:
+    number = {label: index for index, label in enumerate(names)}
+    for row in rows:
+        if str(row["label"]) not in number:
+            raise ValueError(
+                f"text-classification: the label {row['label']!r} is new; known labels are {', '.join(names)}"
+            )
+    return [number[str(row["label"])] for row in rows]
+
+
+def _tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int):
+    texts = [[str(row[role]) for row in rows] for role in ("text", "pair") if rows and role in rows[0]]
+    return tokenizer(*(texts or [[]]), truncation=True, max_length=max_length)
+
+
+def collator(
+    tokenizer: PreTrainedTokenizerBase, model: nn.Module | None = None
+) -> Callable[[list[dict]], dict[str, Tensor]]:
     """Pads each batch to its own longest row."""
     return DataCollatorWithPadding(tokenizer)
 
@@ -76,12 +91,12 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(-1) == labels).float().mean()
 
 
-def metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """accuracy and macro F1 of logits [n, C] against labels [n]."""
+def metrics(answers: Tensor, rows: Sequence[Row], names: dict[str, str]) -> dict[str, float]:
+    """accuracy and macro F1 of logits [n, C] against the rows' labels."""
     # scikit-learn belongs to the [train] extra and takes a second to load: only scoring needs it
     from sklearn.metrics import accuracy_score, f1_score
 
-    guessed = logits.argmax(-1)
+    labels, guessed = np.array(_numbers(rows, names)), answers.argmax(-1).numpy()
     return {
         "accuracy": float(accuracy_score(labels, guessed)),
         "macro_f1": float(f1_score(labels, guessed, average="macro")),
@@ -92,22 +107,32 @@ def metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def predict(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    rows: Sequence[Row],
     max_length: int = 512,
     batch: int = 64,
 ) -> Tensor:
-    """Logits [n, C] in the order of the texts; batches are made of texts of like length."""
+    """Logits [n, C] in the order of the rows; batches are made of rows of like length."""
     was_training = model.training
     model.eval()
-    rows = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    order = sorted(range(len(rows)), key=lambda index: (len(rows[index]), index))
+    encoded = _tokens(rows, tokenizer, max_length)
+    columns = {key: encoded[key] for key in encoded if key != "attention_mask"}
+    order = sorted(range(len(rows)), key=lambda index: (len(columns["input_ids"][index]), index))
     logits = [None] * len(rows)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        inputs = tokenizer.pad({"input_ids": [rows[index] for index in chosen]}, return_tensors="pt").to(
-            model.device
-        )
+        wanted = {key: [column[index] for index in chosen] for key, column in columns.items()}
+        inputs = tokenizer.pad(wanted, return_tensors="pt").to(model.device)
         for index, row in zip(chosen, model(**inputs).logits.float().cpu(), strict=True):
             logits[index] = row
     model.train(was_training)
     return torch.stack(logits) if logits else torch.empty(0, model.config.num_labels)
+
+
+def say(answers: Tensor, names: dict[str, str]) -> list[dict[str, object]]:
+    """The most likely label's name for each row, and its probability."""
+    shown = list(names.values())
+    shares, chosen = answers.softmax(-1).max(-1)
+    return [
+        {"label": shown[index], "probability": share}
+        for index, share in zip(chosen.tolist(), shares.tolist(), strict=True)
+    ]

@@ -1,6 +1,7 @@
 """Where the blocks of each model family are, and where a block's sublayers begin and end."""
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -87,6 +88,23 @@ class Block(NamedTuple):
     sublayers: tuple[Sublayer, ...]
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules without what adapters brought, so that a hundred adapters do not make a walk longer."""
+    seen, stack = set(), [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        host = getattr(module, "hosts_deltas", False)
+        stack += [
+            (f"{path}.{name}" if path else name, child)
+            for name, child in reversed(module._modules.items())
+            if child is not None and not (host and name in ("deltas", "copies"))
+        ]
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """What maps tokens to hidden states in a transformers model; the model itself where no part does."""
     return getattr(model, "base_model", model)
@@ -105,12 +123,12 @@ def family_of(model: nn.Module, who: str) -> Family:
 def blocks(model: nn.Module, who: str) -> list[Block]:
     """Every block of the model in order, encoder before decoder."""
     family, body = family_of(model, who), backbone(model)
-    prefix = next(name for name, module in model.named_modules() if module is body)
+    prefix = next(name for name, module in base_modules(model) if module is body)
     found = []
-    for path, _ in body.named_modules():
+    for path, _ in base_modules(body):
         if re.fullmatch(family.blocks, path):
             whole = f"{prefix}.{path}" if prefix else path
-            names = {name for name, _ in body.get_submodule(path).named_modules()}
+            names = {name for name, _ in base_modules(body.get_submodule(path))}
             found.append(
                 Block(whole, int(path.rsplit(".", 1)[1]), tuple(_present(family.sublayers, whole, names)))
             )

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from pefast.architectures import heads
+from pefast.architectures import base_modules, heads
 from pefast.layers.head_host import HeadHost, add_head, drop_head, head_copy, last_linear
 from pefast.layers.hosts import DeltaHost, drop_deltas, merge_deltas, unmerge_deltas
 from pefast.layers.router import Router
@@ -29,6 +29,7 @@ class Attached:
         self.frozen: set[str] = set()  # adapters that compute and do not train
         self.own = tuple(name for name, _ in model.named_parameters())  # of the base model
         self.claims: dict[str, list] = {}  # by adapter: what its methods replace of the base model
+        self.training: tuple[str, ...] = ()  # adapters whose parameters train
         self.labels: dict[str | None, int] = {}  # logits of each adapter's head; None: of the model's own
         self.words: tuple = ()  # the labels' names in the model's own config
         self.trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -196,7 +197,9 @@ def activate(model: nn.Module, name: str | Sequence[str] | None) -> nn.Module:
     _tell_labels(model, state, [each for each in names if each in state.labels][-1:])
     trains = [each for each in names if each not in state.frozen]
     # those that train come last: adapters may share a parameter
-    for each in (*(each for each in state.adapters if each not in trains), *trains):
+    gone = [each for each in state.training if each not in trains and each in state.adapters]
+    state.training = tuple(trains)
+    for each in (*gone, *trains):
         for parameter in parameters_of(model, each).values():
             parameter.requires_grad_(each in trains)
     return model
@@ -228,7 +231,7 @@ def parameters_of(model: nn.Module, name: str) -> dict[str, Tensor]:
 def head_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Parameters of the adapter's head copies, by their path in the base model."""
     found = {}
-    for path, part in model.named_modules():
+    for path, part in base_modules(model):
         if isinstance(part, HeadHost) and name in part.copies:
             found |= {f"{path}.{own}": tensor for own, tensor in part.copies[name].named_parameters()}
     return found

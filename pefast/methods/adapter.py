@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from pefast.architectures import FAMILIES, Sublayer, blocks
+from pefast.architectures import FAMILIES, Sublayer, base_modules, blocks
 from pefast.formats import format_of
 from pefast.layers.bottleneck import Across, After, Beside, Tap
 from pefast.layers.hosts import add_delta
@@ -206,7 +206,7 @@ def _width(model: nn.Module, module: nn.Module, side: int) -> int:
 def _such_as(model: nn.Module) -> str:
     """Ends of the paths of a few modules that repeat in every block."""
     ends: dict[str, int] = {}
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         if (
             block_number(path) is not None
             and not path.rsplit(".", 1)[-1].isdigit()

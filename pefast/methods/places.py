@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from pefast.architectures import heads
+from pefast.architectures import base_modules, heads
 from pefast.formats import format_of
 from pefast.layers.hosts import DeltaHost
 from pefast.layers.lowrank import LowRank
@@ -13,15 +13,7 @@ from pefast.layers.lowrank import LowRank
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer whose weight a format knows, by path; what a method or a head copy brought is left out."""
-    found, own = {}, []
-    for path, module in model.named_modules():
-        if any(path.startswith(prefix) for prefix in own):
-            continue
-        if isinstance(module, LowRank) or path.rsplit(".", 1)[-1] == "copies":
-            own.append(path + ".")
-        elif format_of(module) is not None:
-            found[path] = module
-    return found
+    return {path: module for path, module in base_modules(model) if format_of(module) is not None}
 
 
 def pick_linears(model: nn.Module, targets, exclude=(), layers: Sequence[int] | None = None) -> list[str]:
@@ -87,7 +79,7 @@ def pick_modules(model: nn.Module, names, layers: Sequence[int] | None, who: str
     matches."""
     if isinstance(names, str):
         check_expression(who, names)
-    paths = [path for path, _ in model.named_modules() if path]
+    paths = [path for path, _ in base_modules(model) if path]
     chosen = [path for path in paths if matches(path, names) and _in_layers(path, layers)]
     if not chosen:
         raise ValueError(f"{who}: no module matches {names!r}; names look like {', '.join(_some(paths))}")
@@ -101,7 +93,7 @@ def _some(names: list[str]) -> list[str]:
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, DeltaHost]]:
     """Every layer that carries deltas, by path."""
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         if isinstance(module, DeltaHost):
             yield path, module
 

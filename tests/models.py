@@ -79,6 +79,18 @@ def inputs(family: str, rows: int = 3, length: int = 9) -> dict[str, Tensor]:
     return fed
 
 
+def padded(family: str, side: str) -> dict[str, Tensor]:
+    """Six rows, two of them padded on the side that is asked for; "none" is a batch without a mask."""
+    fed = inputs(family, rows=6)
+    fed["attention_mask"][1, -3:] = 1
+    if side == "none":
+        return {key: value for key, value in fed.items() if key != "attention_mask"}
+    for row, count in ((1, 4), (2, 2)):
+        cut = slice(None, count) if side == "left" else slice(-count, None)
+        fed["input_ids"][row, cut] = fed["attention_mask"][row, cut] = 0
+    return fed
+
+
 class Numbers:
     """A tokenizer whose words are the numbers of its tokens."""
 

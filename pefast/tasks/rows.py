@@ -1,4 +1,4 @@
-"""Rows from CSV and JSON-lines files, and a split that is the same on every machine.
+"""Rows from CSV and JSON-lines files and folders of texts, and a split that is the same on every machine.
 
 A row is a dictionary: what the task calls a value (its role, such as "text" or "label"), and the value.
 """
@@ -20,7 +20,8 @@ def read(
     """Rows of a .csv or .jsonl file, {role: value} for columns {role: column}, of those records whose columns
     named in `where` have the values given there.
 
-    Texts that repeat (letter case and spaces aside) are kept once, so that a split never has one text on both
+    A folder with a folder of .txt files for each label has the columns label, text, headline (the first line)
+    and body (the others). Texts that repeat (letter case and spaces aside) are kept once, so that a split never has one text on both
     sides. Raises ValueError for another kind of file, a missing column, or when no row is left.
     """
     rows, seen = [], set()
@@ -68,6 +69,9 @@ def _key(row: Row) -> tuple[str, ...]:
 
 
 def _records(path: Path):
+    if path.is_dir():
+        yield from _texts(path)
+        return
     if path.suffix not in READERS:
         raise ValueError(f"{path.name}: rows are read from {' and '.join(READERS)} files")
     with path.open(encoding="utf-8", newline="") as stream:
@@ -86,3 +90,15 @@ def _records(path: Path):
                     f"{path.name}: line {number} is a {type(record).__name__}; each line should be an object"
                 )
             yield record
+
+
+def _texts(folder: Path):
+    for path in sorted(folder.glob("*/*.txt")):
+        content = path.read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            # every byte is a letter in latin-1; collections of the web mix the two
+            text = content.decode("latin-1")
+        headline, _, body = text.strip().partition("\n")
+        yield {"label": path.parent.name, "text": text.strip(), "headline": headline, "body": body.strip()}

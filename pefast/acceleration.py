@@ -5,7 +5,7 @@ from types import ModuleType
 from torch import nn
 
 from pefast.layers import attention as attention_layer
-from pefast.layers import chunked_loss, counter_dropout, on_peft
+from pefast.layers import chunked_loss, counter_dropout, frozen_linear, on_peft
 from pefast.layers.in_place import mix_in, take_out
 
 # switch: the file that says which modules it takes, and the class that is mixed into them
@@ -17,7 +17,14 @@ SWITCHES: dict[str, tuple[ModuleType, type, str]] = {
 
 
 def accelerate(
-    model: nn.Module, *, attention: bool = True, dropout: bool = True, loss: bool = True, peft: bool = True
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    dropout: bool = True,
+    loss: bool = True,
+    peft: bool = True,
+    linear: bool | None = None,
+    compute: str | None = None,
 ) -> nn.Module:
     """Lets a model compute through pefast's kernels where it can, in place; returns the model.
 
@@ -30,10 +37,17 @@ def accelerate(
     peft      LoRA layers that Hugging Face PEFT made: frozen product and adapters in one call. State dicts,
               saving, set_adapter, disable_adapter, adapter_names, merging and the Trainer stay as they are;
               DoRA, lora_bias and merged layers go PEFT's own way
+    linear    frozen linear layers without a delta compute through pefast where there is a kernel for them
+              (fp32 on AMX), to the precision of fp32; None: where `compute` is given
+    compute   "bf16" lets every product of an fp32 layer that pefast computes round its factors to bf16,
+              where that is faster; activations, sums, gradients and trained parameters stay fp32. None: full
+              fp32
 
     A switch that is False takes its part out again. Weights and names never change; `pefast.explain` lists
-    what runs how. Models that pefast.attach made compute their deltas through pefast already.
+    what runs how. Models that pefast.attach made compute their deltas through pefast already. Raises
+    ValueError for a `compute` that there is not.
     """
+    frozen_linear.check_compute("accelerate", compute)
     attention_layer.switch(model, attention)
     for name, on in (("dropout", dropout), ("loss", loss), ("peft", peft)):
         rule, mixin, prefix = SWITCHES[name]
@@ -43,4 +57,6 @@ def accelerate(
                     take_out(module, mixin)
             elif on and rule.takes(module):
                 mix_in(module, mixin, prefix)
+    frozen_linear.switch(model, compute is not None if linear is None else linear)
+    frozen_linear.choose_compute(model, compute)
     return model

@@ -8,6 +8,7 @@ from pefast.formats import format_of
 from pefast.layers import attention
 from pefast.layers.chunked_loss import ChunkedLoss
 from pefast.layers.counter_dropout import CounterDropout
+from pefast.layers.frozen_linear import FrozenLinear
 from pefast.layers.fused_lora import FusedLoRALinear
 from pefast.layers.hosts import DeltaHost, ModuleHost
 from pefast.layers.lowrank import LowRank
@@ -30,13 +31,16 @@ def explain(model: nn.Module) -> str:
                 "LoRA",
                 [Segment(module.lora_a, module.lora_b, module.scale, dropout=module.dropout)],
             )
-            lines.setdefault(_line(what, module, segments), []).append(path or "(the layer)")
+            lines.setdefault(_line(what, module, segments, module.compute), []).append(path or "(the layer)")
         elif isinstance(module, DeltaHost):
             names = [name for name, _ in module.router.turns if name in module.deltas]
             deltas = [(name, key, delta) for name in names for key, delta in module.deltas[name].items()]
             lines.setdefault(_host_line(module, deltas), []).append(path)
         elif isinstance(module, PeftLinear):
             lines.setdefault(_peft_line(module), []).append(path)
+        elif isinstance(module, FrozenLinear):
+            line = _line("frozen layer alone", module, [], module.compute)
+            lines.setdefault(line, []).append(path or "(the layer)")
         elif isinstance(module, ChunkedLoss):
             lines.setdefault("loss in chunks while training, without logits", []).append(
                 path or "(the model)"
@@ -76,24 +80,29 @@ def _host_line(host: DeltaHost, deltas: list[tuple[str, str, LowRank]]) -> str:
         return "frozen layer alone, no active adapter"
     if isinstance(host, ModuleHost):
         return f"{what}: beside the whole module, eager"
-    return _line(what, host, segments) if segments else f"{what}: after the frozen layer, eager"
+    if not segments:
+        return f"{what}: after the frozen layer, eager"
+    return _line(what, host, segments, host.compute)
 
 
 def _peft_line(module: PeftLinear) -> str:
     if why := module.why_not():
         return f"PEFT's own forward: {why}"
     segments = [module._segment(name, None) for name in module.active_adapters if name in module.lora_A]
-    return _line("LoRA of PEFT", module.get_base_layer(), segments)
+    return _line("LoRA of PEFT", module.get_base_layer(), segments, module.compute)
 
 
-def _line(what: str, module: nn.Module, segments: list[Segment]) -> str:
+def _line(what: str, module: nn.Module, segments: list[Segment], compute: str | None) -> str:
     weight = format_of(module).weight(module) if format_of(module) else module.weight
     x = torch.empty(_PROBE_ROWS, weight.shape[1], dtype=weight.dtype, device=weight.device)
     seed = torch.zeros(1, dtype=torch.int64) if any(s.dropout for s in segments) else None
-    reasons = OP.reasons(Call(x, weight, module.bias, None, None, seed, tuple(segments)))
+    call = Call(x, weight, module.bias, None, None, seed, tuple(segments), None, compute)
+    reasons = OP.reasons(call)
     taken = dispatch.forced() or next(name for name, why in reasons.items() if not why)
     others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if why and name != taken)
-    return f"{what}: {taken}" + (f" ({others})" if others else "")
+    rounded = taken == "native" and weight.dtype is torch.float32 and compute == "bf16"
+    how = f"{taken}, products in bf16" if rounded else taken
+    return f"{what}: {how}" + (f" ({others})" if others else "")
 
 
 def _attention_line(module: nn.Module) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pefast.formats import format_of
+from pefast.layers.frozen_linear import check_compute
 from pefast.layers.lowrank import check_rate, lora_scale, master_dtype
 from pefast.ops.delta_linear import Segment, delta_linear
 
@@ -16,11 +17,15 @@ class FusedLoRALinear(nn.Linear):
     `weight` [N, K] and `bias` [N] keep nn.Linear's names, so the state dict of an nn.Linear loads; `lora_a`
     [R, K] starts as PEFT's does (kaiming uniform, a = √5), `lora_b` [N, R] at zero, so the layer starts as
     the frozen one. On a bf16 or fp16 weight both are fp32, as in PEFT. scale is alpha / rank, or alpha /
-    √rank with `rslora`; alpha None means alpha = rank.
+    √rank with `rslora`; alpha None means alpha = rank. compute="bf16" lets the products of an fp32 layer
+    round their factors to bf16 where that is faster; everything else stays fp32.
 
-    x may have any leading dimensions. Raises ValueError for a rank below 1 or a dropout outside [0, 1).
+    x may have any leading dimensions. Raises ValueError for a rank below 1, a dropout outside [0, 1) or
+    another compute.
     Papers: LoRA, Hu et al. 2021, arXiv:2106.09685; rsLoRA, Kalajdzievski 2023, arXiv:2312.03732.
     """
+
+    compute: str | None = None
 
     def __init__(
         self,
@@ -34,8 +39,10 @@ class FusedLoRALinear(nn.Linear):
         alpha: float | None = None,
         dropout: float = 0.0,
         rslora: bool = False,
+        compute: str | None = None,
     ):
         check_rate("FusedLoRALinear", dropout)
+        check_compute("FusedLoRALinear", compute)
         scale = lora_scale("FusedLoRALinear", rank, alpha, rslora)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.rank, self.alpha, self.dropout, self.scale = (
@@ -44,6 +51,7 @@ class FusedLoRALinear(nn.Linear):
             float(dropout),
             scale,
         )
+        self.compute = compute
         self._add_lora()
 
     def _add_lora(self) -> None:
@@ -64,6 +72,7 @@ class FusedLoRALinear(nn.Linear):
         alpha: float | None = None,
         dropout: float = 0.0,
         rslora: bool = False,
+        compute: str | None = None,
     ) -> "FusedLoRALinear":
         """The same layer with a LoRA beside it. Shares the weight and bias, and freezes them.
 
@@ -77,7 +86,7 @@ class FusedLoRALinear(nn.Linear):
             )
         weight = form.weight(linear)
         n, k = weight.shape
-        options = {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora}
+        options = {"rank": rank, "alpha": alpha, "dropout": dropout, "rslora": rslora, "compute": compute}
         layer = cls(k, n, bias=linear.bias is not None, device="meta", dtype=weight.dtype, **options)
         layer.weight = (
             weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight.detach(), requires_grad=False)
@@ -91,7 +100,7 @@ class FusedLoRALinear(nn.Linear):
         own = self._parameters
         rate = self.dropout if self.training else 0.0
         segment = Segment(own["lora_a"], own["lora_b"], self.scale, dropout=rate)
-        return delta_linear(x, own["weight"], (segment,), own["bias"])
+        return delta_linear(x, own["weight"], (segment,), own["bias"], compute=self.compute)
 
     def merged(self) -> nn.Linear:
         """A plain nn.Linear that computes the same: weight + scale · b a, in fp32 or wider, rounded once."""

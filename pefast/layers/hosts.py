@@ -20,6 +20,7 @@ class DeltaHost(nn.Module):
     """A frozen linear layer with deltas by adapter name and key; `deltas[name][key]` is a LowRank."""
 
     hosts_deltas = True
+    compute: str | None = None  # "bf16": products of fp32 numbers may be in bf16
     format: str  # its name in FORMATS, so that forward need not ask
     deltas: nn.ModuleDict
     router: Router
@@ -47,10 +48,15 @@ class DeltaHost(nn.Module):
             x = multiplied(x, gains["input"], ids)
         if "product" in gains:
             y = multiplied(
-                delta_linear(x, weight, tuple(segments), None, ids=ids), gains["product"], ids, bias
+                delta_linear(x, weight, tuple(segments), None, ids=ids, compute=self.compute),
+                gains["product"],
+                ids,
+                bias,
             )
+        elif segments:
+            y = delta_linear(x, weight, tuple(segments), bias, ids=ids, compute=self.compute)
         else:
-            y = delta_linear(x, weight, tuple(segments), bias, ids=ids) if segments else super().forward(x)
+            y = super().forward(x)
         if "output" in gains:
             y = multiplied(y, gains["output"], ids)
         for delta, index in after:
@@ -100,6 +106,7 @@ def drop_deltas(linear: DeltaHost, name: str) -> None:
         del linear.deltas[name]
     if not linear.deltas:
         del linear.format, linear.deltas, linear.router, linear.merged, linear.unmerged
+        linear.__dict__.pop("compute", None)
         take_out(linear, ModuleHost if isinstance(linear, ModuleHost) else DeltaHost)
 
 

@@ -15,6 +15,8 @@ class PeftLinear(nn.Module):
     that is not plain) goes PEFT's own way; `why_not` says which.
     """
 
+    compute: str | None = None  # "bf16": products of fp32 numbers may be in bf16
+
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # [..., K] -> [..., N]
         names = kwargs.get("adapter_names")
         if args or set(kwargs) - {"adapter_names"} or self._elsewhere(x):
@@ -37,7 +39,9 @@ class PeftLinear(nn.Module):
         if not segments:
             return base(x)
         ids = None if ids is None else torch.tensor(ids, device=x.device)
-        return delta_linear(x, format_of(base).weight(base), segments, base.bias, ids=ids)
+        return delta_linear(
+            x, format_of(base).weight(base), segments, base.bias, ids=ids, compute=self.compute
+        )
 
     def _segment(self, name: str, adapter: int | None) -> Segment:
         drop = self.lora_dropout[name]

@@ -18,7 +18,7 @@ _MASTERS = (torch.float32, torch.bfloat16)
 def refuse(call) -> str:
     """Why csrc cannot run this call, or ""."""
     if call.x.dtype is torch.float32:
-        return fp32.refuse(call)
+        return fp32.why_not(call)
     if not _HERE:
         return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
     x, w, bias, segments = call.x, call.w, call.bias, call.segments
@@ -58,7 +58,7 @@ def _refuse_segment(s) -> str:
 def decline(call) -> str:
     """Why another hand is faster, or ""."""
     if call.x.dtype is torch.float32:
-        return fp32.decline(call)
+        return fp32.why_slower(call)
     w = call.w
     if not isinstance(w, torch.nn.Parameter) and not isinstance(w._base, torch.nn.Parameter):
         return "packs the weight once for many calls, and this one is no parameter: it may live for one call"

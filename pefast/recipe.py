@@ -9,6 +9,9 @@ from pathlib import Path
 import yaml
 
 DTYPES = ("float32", "bfloat16", "float16")
+# those of transformers' schedules that need nothing but the number of steps
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
+_COUNTS = ("max_steps", "evaluate_every", "patience", "save_every")
 
 
 @dataclass
@@ -40,6 +43,16 @@ class Training:
     warmup: float = 0.06  # share of the steps; from 1 on, their number
     weight_decay: float = 0.0
     clip: float = 1.0  # largest norm of the gradient
+    schedule: str = "linear"  # of the learning rate after the warm-up, by transformers' names
+    accumulate: int = 1  # batches to one step
+    rates: dict | None = None  # an optimizer's options for one method: {lora: {lr: 1e-3}, head: {lr: 1e-2}}
+    evaluate_every: int | None = (
+        None  # steps between looks at the rows to choose by; once an epoch if left out
+    )
+    patience: int | None = None  # stop after so many looks without a better metric
+    save_every: int | None = None  # steps between checkpoints
+    gradient_checkpointing: bool = False
+    tensorboard: bool = False  # curves in <output>/tensorboard
     max_length: int = 128
     seed: int = 0
     dtype: str = "float32"
@@ -189,6 +202,20 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(f"recipe.methods: {wrong[0]!r} came; each entry is `method: name` and its settings")
     if recipe.training.dtype not in DTYPES:
         raise ValueError(f"training.dtype: {recipe.training.dtype!r} came; it is one of {', '.join(DTYPES)}")
-    for name in ("epochs", "batch", "lr", "max_length"):
-        if not getattr(recipe.training, name) > 0:
-            raise ValueError(f"training.{name}: {getattr(recipe.training, name)} came; it should be above 0")
+    for name in ("epochs", "batch", "lr", "max_length", "accumulate", *_COUNTS):
+        value = getattr(recipe.training, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"training.{name}: {value} came; it should be above 0")
+    for name in ("warmup", "weight_decay", "clip"):
+        if getattr(recipe.training, name) < 0:
+            raise ValueError(
+                f"training.{name}: {getattr(recipe.training, name)} came; it should be 0 or more"
+            )
+    if recipe.training.schedule not in SCHEDULES:
+        raise ValueError(
+            f"training.schedule: {recipe.training.schedule!r} came; it is one of {', '.join(SCHEDULES)}"
+        )
+    if recipe.training.patience and not (recipe.data.valid_rows or recipe.data.valid_source):
+        raise ValueError(
+            "training.patience: there are no rows to choose by; data.valid_rows=200 holds some out"
+        )

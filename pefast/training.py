@@ -4,10 +4,10 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,18 +15,19 @@ from types import ModuleType
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 import pefast
 
+from . import claim, tasks
 from . import recipe as recipes
-from . import tasks
-from .progress import Meter, Watcher
-from .recipe import Recipe, Training
+from .progress import Watcher
+from .recipe import Recipe
 from .tasks import carried, rows
 from .tasks.rows import Row
+from .trainer import ADAPTER, AdapterTrainer, Every, Interrupt, newest
 
-ADAPTER, RECIPE, METRICS = "adapter", "recipe.yaml", "metrics.json"
+RECIPE, METRICS, CHECKPOINTS = "recipe.yaml", "metrics.json", "checkpoints"
 
 
 @dataclass
@@ -47,27 +48,8 @@ class Run:
         return self.recipe.data.names
 
 
-class MeteredTrainer(Trainer):
-    """transformers' Trainer that reports every step's loss and hits."""
-
-    def __init__(self, *args, meter: Meter, hits: Callable[[Tensor, Tensor], Tensor], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.meter, self.hits = meter, hits
-
-    def create_optimizer(self, model=None):
-        """The Trainer's own optimizer, over pefast's groups: rates that a method asks for are honoured."""
-        if self.optimizer is None:
-            groups = pefast.parameter_groups(self.model, self.args.learning_rate, self.args.weight_decay)
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = kind(groups, **options)
-        return self.optimizer
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The Trainer's own loss; in training its value and the share of hits go to the meter."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training:
-            self.meter.add(loss.detach(), self.hits(outputs["logits"].detach(), inputs["labels"]))
-        return (loss, outputs) if return_outputs else loss
+class Stopped(KeyboardInterrupt):
+    """Somebody pressed Ctrl-C: a checkpoint was written, and the message says how to go on."""
 
 
 def prepare(recipe: Recipe) -> Run:
@@ -84,6 +66,8 @@ def attach(run: Run) -> None:
     methods = recipes.methods(run.recipe)
     if methods:
         pefast.attach(run.model, methods)
+    if run.recipe.training.gradient_checkpointing:
+        run.model.gradient_checkpointing_enable()
     _accelerate(run, run.recipe.training.accelerate)
 
 
@@ -107,31 +91,66 @@ def restore(folder: str | Path, with_rows: bool = True) -> Run:
     return run
 
 
-def fit(run: Run, watcher: Watcher) -> dict[str, float]:
-    """Trains what is trainable; returns steps, seconds and the last steps' loss and accuracy."""
-    wanted = run.recipe.training
+def fit(run: Run, watcher: Watcher, resume: bool = False) -> dict[str, float]:
+    """Trains what is trainable; returns steps, seconds and the last steps' loss and accuracy.
+
+    With rows to choose by, the run ends with the values of its best look at them. Checkpoints are in the
+    output's checkpoints/ until `store`; with `resume` the last whole one is where the run goes on.
+    Raises Stopped after Ctrl-C, and OSError where a checkpoint cannot be written.
+    """
+    wanted, folder = run.recipe.training, Path(run.recipe.output) / CHECKPOINTS
     transformers.set_seed(wanted.seed)
-    # the Trainer makes its folder even when it has nothing to write there
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = MeteredTrainer(
-            run.model,
-            _arguments(wanted, folder),
-            data_collator=run.task.collator(run.tokenizer, run.model),
-            train_dataset=run.task.encode(run.train, run.tokenizer, run.names, wanted.max_length),
-            processing_class=run.tokenizer,
-            callbacks=[watcher],
-            meter=watcher.meter,
-            hits=run.task.hits,
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        start = time.perf_counter()
-        try:
-            trainer.train()
-        finally:
-            watcher.close()
+    interrupt = Interrupt()
+    claim.begin(run.recipe, folder)
+    trainer = _trainer(run, watcher, folder, interrupt)
+    start = time.perf_counter()
+    try:
+        begin = newest(folder) if resume else None
+        trainer.train(resume_from_checkpoint=str(begin) if begin else None)
+    finally:
+        watcher.close()
+        interrupt.close()
+        # without a checkpoint there is nothing to go on from
+        if newest(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()
+    if interrupt.came:
+        raise Stopped(f"training: stopped at step {trainer.state.global_step}; --resume goes on from there")
     loss, accuracy = watcher.meter.read()
     seconds = time.perf_counter() - start
-    return {"steps": trainer.state.global_step, "seconds": seconds, "loss": loss, "train_accuracy": accuracy}
+    fitted = {
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "loss": loss,
+        "train_accuracy": accuracy,
+    }
+    return fitted | ({"best_step": trainer.state.best_global_step} if run.valid else {})
+
+
+def _trainer(run: Run, watcher: Watcher, folder: Path, interrupt: Interrupt) -> AdapterTrainer:
+    wanted = run.recipe.training
+    callbacks = [watcher, interrupt]
+    if wanted.save_every:
+        callbacks.append(Every(wanted.save_every))
+    if wanted.patience:
+        callbacks.append(transformers.EarlyStoppingCallback(wanted.patience))
+    trainer = AdapterTrainer(
+        run.model,
+        _arguments(run, folder),
+        data_collator=run.task.collator(run.tokenizer, run.model),
+        train_dataset=run.task.encode(run.train, run.tokenizer, run.names, wanted.max_length),
+        # the Trainer wants to see rows; `judge` is what looks at them
+        eval_dataset=run.valid or None,
+        processing_class=run.tokenizer,
+        callbacks=callbacks,
+        meter=watcher.meter,
+        hits=run.task.hits,
+        judge=lambda model: score(run, run.valid)[1],
+        rates=wanted.rates or {},
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
 
 
 def score(run: Run, rows: Sequence[Row] | None = None) -> tuple[object, dict[str, float]]:
@@ -152,12 +171,16 @@ def say(run: Run, rows: Sequence[Row]) -> list[dict[str, object]]:
 
 
 def store(run: Run, metrics: dict[str, float]) -> Path:
-    """Writes adapter, recipe and metrics to the recipe's output; each appears whole or not at all."""
+    """Writes adapter, recipe and metrics to the recipe's output; each appears whole or not at all.
+
+    The run's checkpoints go: what they were for is done.
+    """
     folder = Path(run.recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
     pefast.save(run.model, folder / ADAPTER)
     _replace(folder / RECIPE, recipes.written(run.recipe))
     _replace(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return folder
 
 
@@ -207,22 +230,34 @@ def _accelerate(run: Run, on: bool) -> None:
     pefast.accelerate(run.model, attention=on, dropout=on, loss=on, peft=on)
 
 
-def _arguments(wanted: Training, folder: str) -> TrainingArguments:
+def _arguments(run: Run, folder: Path) -> TrainingArguments:
+    wanted = run.recipe.training
+    looks = "no" if not run.valid else "steps" if wanted.evaluate_every else "epoch"
+    if wanted.tensorboard:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parent / "tensorboard")
     return TrainingArguments(
-        output_dir=folder,
+        output_dir=str(folder),
         num_train_epochs=wanted.epochs,
         max_steps=wanted.max_steps or -1,
         per_device_train_batch_size=wanted.batch,
+        gradient_accumulation_steps=wanted.accumulate,
         learning_rate=wanted.lr,
+        lr_scheduler_type=wanted.schedule,
         warmup_steps=wanted.warmup,
         weight_decay=wanted.weight_decay,
         max_grad_norm=wanted.clip,
-        # rows of like length share a batch, so little of it is padding
-        train_sampling_strategy="group_by_length",
         seed=wanted.seed,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
+        eval_strategy=looks,
+        eval_steps=wanted.evaluate_every,
+        # the best look is gone back to, so each look leaves a checkpoint
+        save_strategy=looks,
+        save_steps=wanted.evaluate_every or 500,
+        load_best_model_at_end=bool(run.valid),
+        metric_for_best_model=run.task.METRIC if run.valid else None,
+        greater_is_better=True,
+        logging_strategy="steps" if wanted.tensorboard else "no",
+        logging_steps=10,
+        report_to="tensorboard" if wanted.tensorboard else "none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )

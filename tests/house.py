@@ -17,7 +17,10 @@ FORBIDDEN = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 # each room may import those below its own line, and of its own line only itself
 FLOORS = (
     ("cli",),
-    ("training", "doctor", "recipe", "progress"),
+    ("training", "doctor"),
+    ("claim",),
+    ("recipe", "trainer"),
+    ("progress",),
     ("tasks",),
     ("checkpoint", "report", "acceleration", "optimizer", "averaging"),
     ("model",),

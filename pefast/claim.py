@@ -1,0 +1,82 @@
+"""One run at a time in one folder, and never over an unfinished one by mistake."""
+
+import contextlib
+import dataclasses
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import recipe as recipes
+from .recipe import Recipe
+from .trainer import newest
+
+LOCK, STARTED = ".lock", "recipe.yaml"
+# what may change between the halves of a resumed run without changing its result
+_FREE = {"output", "training.threads", "training.save_every", "training.tensorboard"}
+
+
+@contextlib.contextmanager
+def claim(recipe: Recipe, checkpoints: Path, resume: bool) -> Iterator[None]:
+    """Holds the recipe's output folder for this process while the run lasts.
+
+    Raises ValueError where another process runs there, where an unfinished run lies there and `resume` is not
+    asked for, and where the recipe to resume with is not the one that it began with.
+    """
+    folder = Path(recipe.output)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"train: another run is at work in {folder}; a different output would be right"
+            ) from None
+        try:
+            _check(recipe, checkpoints, resume)
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+            _leave(new)
+
+
+def begin(recipe: Recipe, checkpoints: Path) -> None:
+    """Writes down what this run began with, for the check that `claim` makes."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    if not (checkpoints / STARTED).exists():
+        (checkpoints / STARTED).write_text(recipes.written(recipe), encoding="utf-8")
+
+
+def _check(recipe: Recipe, checkpoints: Path, resume: bool) -> None:
+    last = newest(checkpoints)
+    if last is None:
+        # a run that was killed before its first checkpoint begins again
+        (checkpoints / STARTED).unlink(missing_ok=True)
+        return
+    if not resume:
+        raise ValueError(
+            f"train: {recipe.output} holds an unfinished run ({last.name}); --resume goes on with it,"
+            f" and without the folder {checkpoints} it begins anew"
+        )
+    started = recipes.read(checkpoints / STARTED)
+    for key, was, now in _differences(dataclasses.asdict(started), dataclasses.asdict(recipe)):
+        raise ValueError(
+            f"train: --resume with {key} = {now!r}, but the run began with {was!r};"
+            " the same recipe would be right"
+        )
+
+
+def _differences(was: dict, now: dict, above: str = "") -> Iterator[tuple[str, object, object]]:
+    for key, value in was.items():
+        path = above + key
+        if isinstance(value, dict) and isinstance(now[key], dict) and path in ("data", "training"):
+            yield from _differences(value, now[key], path + ".")
+        elif value != now[key] and path not in _FREE:
+            yield path, value, now[key]
+
+
+def _leave(new: list[Path]) -> None:
+    """Takes folders away that were made here and stayed empty."""
+    for path in new:
+        with contextlib.suppress(OSError):
+            path.rmdir()

@@ -1,0 +1,214 @@
+"""A run killed at any moment ends with the same bits; Ctrl-C, a full disk or a second run lose nothing."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pefast import recipe, trainer, training
+from pefast.claim import claim
+from pefast.progress import Watcher
+from tests import tiny_run
+
+SETTINGS = {"training.save_every": 4, "training.epochs": 2, "training.threads": 1, "data.valid_rows": 24}
+# dropout on every segment: its seeds come from the generator that a checkpoint keeps
+METHODS = [
+    {"method": "lora", "rank": 4, "dropout": 0.1},
+    {"method": "adapter", "size": 4},
+    {"method": "prompt"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, rows and a recipe."""
+    return tiny_run.write(tmp_path_factory.mktemp("resume"))
+
+
+def settled(folder, output, **changes):
+    """The recipe with its output and a few changes."""
+    laid_over = SETTINGS | {"methods": METHODS, "output": str(folder / output)} | changes
+    return recipe.read(folder / "recipe.yaml", laid_over)
+
+
+def run(folder, output, resume, before=None, changes=None):
+    """One run to its end, as `pefast train` does it."""
+    torch.set_num_threads(1)
+    if before is not None:
+        before()
+    wanted = settled(folder, output, **(changes or {}))
+    with claim(wanted, Path(wanted.output) / training.CHECKPOINTS, resume):
+        ready = training.prepare(wanted)
+        training.attach(ready)
+        training.store(ready, training.fit(ready, Watcher(), resume))
+
+
+def bits(folder, output):
+    """Every file of the adapter."""
+    root = folder / output / "adapter"
+    return {path.relative_to(root): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def spawn():
+    """Processes that have imported everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pefast.training", "peft", "tests.test_resume"])
+    return context.Process
+
+
+@pytest.fixture(scope="module")
+def whole(folder, spawn):
+    """Seconds and bits of the run that nobody stops."""
+    # the first process waits for the imports
+    finish(spawn(target=int))
+    start = time.perf_counter()
+    finish(spawn(target=run, args=(folder, "whole", False)))
+    return time.perf_counter() - start, bits(folder, "whole")
+
+
+def finish(process):
+    """Waits for a process that must end well."""
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def test_killed_at_ten_moments_it_ends_with_the_same_bits(folder, spawn, whole):
+    seconds, expected = whole
+    pick, killed, output = random.Random(3), 0, "killed 0"
+    while killed < 10:
+        process = spawn(target=run, args=(folder, output, True))
+        process.start()
+        process.join(pick.uniform(0.1, 0.7) * seconds)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+        if (folder / output / "adapter").exists():
+            assert bits(folder, output) == expected
+            output = f"killed {killed}"
+    if not (folder / output / "adapter").exists():
+        finish(spawn(target=run, args=(folder, output, True)))
+    assert bits(folder, output) == expected
+    assert not (folder / output / training.CHECKPOINTS).exists()
+
+
+def die_at_rename(step):
+    """Kills this process as it puts that step's checkpoint in place."""
+
+    def rename(source, target, real=os.rename):
+        if Path(target).name == f"checkpoint-{step}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target)
+
+    os.rename = rename
+
+
+def at_12():
+    die_at_rename(12)
+
+
+def test_killed_while_it_saves_the_checkpoint_before_is_whole(folder, spawn, whole):
+    process = spawn(target=run, args=(folder, "torn", False, at_12))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    root = folder / "torn" / training.CHECKPOINTS
+    assert trainer.newest(root).name == "checkpoint-8" and (root / ".checkpoint-12").exists()
+    finish(spawn(target=run, args=(folder, "torn", True)))
+    assert bits(folder, "torn") == whole[1]
+
+
+def test_a_checkpoint_holds_nothing_of_the_base_model(folder, monkeypatch):
+    sizes = []
+
+    def prune(self, root):
+        last = trainer.newest(root)
+        sizes.append(sum(file.stat().st_size for file in last.rglob("*") if file.suffix == ".safetensors"))
+
+    monkeypatch.setattr(trainer.AdapterTrainer, "_prune", prune)
+    run(folder, "small", False, changes={"training.max_steps": 4})
+    assert 0 < sizes[0] < (folder / "model" / "model.safetensors").stat().st_size / 2
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(folder, whole):
+    class Press(Watcher):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    wanted = settled(folder, "pressed")
+    ready = training.prepare(wanted)
+    training.attach(ready)
+    with pytest.raises(training.Stopped, match="stopped at step 6; --resume goes on"):
+        training.fit(ready, Press())
+    assert trainer.newest(folder / "pressed" / training.CHECKPOINTS).name == "checkpoint-6"
+    run(folder, "pressed", True)
+    assert bits(folder, "pressed") == whole[1]
+
+
+def test_without_resume_an_unfinished_run_is_kept(folder):
+    checkpoint = folder / "kept" / training.CHECKPOINTS / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / trainer.STATE).write_text("{}")
+    with pytest.raises(ValueError, match="holds an unfinished run"):
+        run(folder, "kept", False)
+    assert checkpoint.exists()
+    (checkpoint.parent / "recipe.yaml").write_text(recipe.written(settled(folder, "kept")))
+    with pytest.raises(ValueError, match=r"--resume with training\.lr = 0\.5"):
+        run(folder, "kept", True, changes={"training.lr": 0.5})
+
+
+def test_two_runs_do_not_share_a_folder(folder):
+    wanted = settled(folder, "shared")
+    place = Path(wanted.output) / training.CHECKPOINTS
+    with (
+        claim(wanted, place, False),
+        pytest.raises(ValueError, match="another run is at work"),
+        claim(wanted, place, False),
+    ):
+        pass
+    assert not (folder / "shared").exists()
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(folder, monkeypatch):
+    real = torch.save
+
+    def full(value, place, *args, **kwargs):
+        if "checkpoint-8" in str(place):
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        real(value, place, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        OSError, match=r"step 8 could not be written .* checkpoint-4 is whole, --resume goes on"
+    ):
+        run(folder, "full", False)
+    assert not list((folder / "full").rglob(".checkpoint*"))
+
+
+def test_the_best_look_is_what_is_kept(folder, monkeypatch):
+    looks = iter([0.5, 0.9, 0.4, 0.3])
+    monkeypatch.setattr(training, "score", lambda run, rows=None: (None, {"accuracy": next(looks)}))
+    wanted = settled(folder, "best", **{"training.evaluate_every": 5, "training.patience": 2})
+    ready = training.prepare(wanted)
+    training.attach(ready)
+    kept = {}
+
+    class Look(Watcher):
+        def on_evaluate(self, args, state, control, model=None, **kwargs):
+            values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            kept[state.global_step] = values
+
+    fitted = training.fit(ready, Look())
+    assert fitted["steps"] == 20 and fitted["best_step"] == 10
+    for name, parameter in ready.model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, kept[10][name])
+            assert not torch.equal(kept[20][name], kept[10][name])

@@ -20,6 +20,9 @@ _HOMES = {
     "Layers": "methods",
     "Bias": "methods",
     "Heads": "methods",
+    "Subnetwork": "methods",
+    "Importance": "methods",
+    "score": "methods",
     "accelerate": "acceleration",
     "attach": "model",
     "detach": "model",
@@ -43,10 +46,12 @@ __all__ = [
     "Full",
     "FusedLoRALinear",
     "Heads",
+    "Importance",
     "Layers",
     "LoRA",
     "Prefix",
     "Prompt",
+    "Subnetwork",
     "__version__",
     "accelerate",
     "activate",
@@ -61,6 +66,7 @@ __all__ = [
     "parameter_groups",
     "route",
     "save",
+    "score",
     "unmerge",
 ]
 
@@ -71,7 +77,8 @@ if TYPE_CHECKING:
     from pefast.checkpoint import load, save
     from pefast.dispatch import backend
     from pefast.layers import FusedLoRALinear
-    from pefast.methods import IA3, Adapter, Bias, Full, Heads, Layers, LoRA, Prefix, Prompt
+    from pefast.methods import IA3, Adapter, Bias, Full, Heads, Importance, Layers, LoRA, Prefix, Prompt
+    from pefast.methods import Subnetwork, score
     from pefast.model import activate, attach, detach, merge, route, unmerge
     from pefast.optimizer import parameter_groups
     from pefast.report import explain

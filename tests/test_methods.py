@@ -2,24 +2,23 @@
 
 import copy
 import dataclasses
-import itertools
 
 import pytest
 import torch
 
 import pefast
 from pefast.architectures import backbone
-from pefast.layers import hosts
+from pefast.layers import hosts, replaced
 from pefast.methods import METHODS
 from pefast.ops.delta_linear import reference
+from pefast.ops.partial_linear import reference as partial_reference
 from pefast.testing import assert_no_worse
+from tests.cases import CASES, DROPPING, pairs
 from tests.models import (
     DECODERS,
-    FAMILIES,
     INNER,
     LAYERS,
     WIDTH,
-    Numbers,
     assert_as_it_was,
     assert_close,
     build,
@@ -32,74 +31,7 @@ from tests.models import (
     trained,
 )
 
-LoRA, Adapter, Prompt, Prefix = pefast.LoRA, pefast.Adapter, pefast.Prompt, pefast.Prefix
-
-CASES = {
-    "lora": [LoRA(rank=4, alpha=6)],
-    "lora of ranks": [
-        LoRA(
-            rank=4,
-            rslora=True,
-            targets=["query", "q_proj", "c_attn", "q"],
-            ranks={"0.*": 2},
-            alphas={"1.*": 3},
-        )
-    ],
-    "dora": [LoRA(rank=4, alpha=6, dora=True)],
-    "ia3": [pefast.IA3()],
-    "adapter parallel": [Adapter(size=6, scale=1.5)],
-    "adapter serial": [Adapter(size=6, parallel=False, activation="gelu")],
-    "adapter on the stream": [
-        Adapter(size=6, parallel=False, reads="stream", norm="both", sizes={1: 3}, activation="silu")
-    ],
-    "adapter around modules": [
-        Adapter(size=5, modules=["attention", "mlp", "DenseReluDense", "v_proj", "value", "wi"], norm="in"),
-        Adapter(size=4, modules=["mlp", "v_proj", "value", "c_attn", "wi"]),
-    ],
-    "prompt": [Prompt(tokens=3)],
-    "prompt after first": [Prompt(tokens=3, place="after_first")],
-    "prompt template": [Prompt(init="template", text="5 7 {text} 9", tokenizer=Numbers(), place="inside")],
-    "hybrid": [LoRA(rank=4), Adapter(size=6), Adapter(size=3, parallel=False), Prompt(tokens=3)],
-    "full": [pefast.Full()],
-    "layers": [pefast.Layers(last=1, embeddings=True)],
-    "bias": [pefast.Bias()],
-    "layers and lora": [pefast.Layers(layers=[-1]), LoRA(rank=4)],
-    "prefix": [Prefix(tokens=3)],
-    "prefix of a network": [Prefix(tokens=3, reparameterize=5)],
-    "prefix without positions": [Prefix(tokens=2, positions="none")],
-    "hybrid with prefix": [LoRA(rank=4), Adapter(size=6), Prefix(tokens=3)],
-}
-DROPPING = {
-    "lora": [LoRA(rank=4, dropout=0.3)],
-    "adapter parallel": [Adapter(size=6, dropout=0.3)],
-    "adapter serial": [Adapter(size=6, dropout=0.3, parallel=False)],
-    "hybrid": [LoRA(rank=4, dropout=0.3), Adapter(size=6, dropout=0.3), Prompt(tokens=3)],
-    "hybrid with prefix": [LoRA(rank=4, dropout=0.3), Adapter(size=6), Prefix(tokens=3, reparameterize=4)],
-}
-
-
-def has_prompt(methods) -> bool:
-    return any(method.kind == "prompt" for method in methods)
-
-
-def why_declined(family: str, methods) -> str:
-    """Why a method does not know a family (tests/test_bad_input.py has its sentence); empty where all do."""
-    kinds = {method.kind for method in methods}
-    if family == "t5" and "prompt" in kinds:
-        return "Prompt does not know encoder-decoder models"
-    if family in ("llama", "t5") and "bias" in kinds:
-        return "there is no bias in this family"
-    return ""
-
-
-def pairs(families=FAMILIES, cases=tuple(CASES), table=CASES) -> list:
-    """family, case of every pair."""
-    return [
-        pytest.param(family, case, id=f"{family}, {case}")
-        for family, case in itertools.product(families, cases)
-    ]
-
-
+LoRA, Prompt = pefast.LoRA, pefast.Prompt
 every_pair = pytest.mark.parametrize(("family", "case"), pairs())
 
 
@@ -237,10 +169,11 @@ def test_it_compiles_in_one_graph(family, recwarn):
 def plain_formula(monkeypatch):
     """From here on every host computes the reference: the formula and nothing else."""
 
-    def plain(x, w, segments, bias, ids=None):
+    def plain(x, w, segments, bias, ids=None, **_):
         return reference(x, w, segments, bias, ids=ids)
 
     monkeypatch.setattr(hosts, "delta_linear", plain)
+    monkeypatch.setattr(replaced, "partial_linear", partial_reference)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])

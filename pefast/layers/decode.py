@@ -125,6 +125,9 @@ def _remember(key: tuple, x: Tensor, frozen: tuple, loras: list[Lora] | None) ->
 def _loras(host: nn.Module) -> list[Lora] | None:
     """The LoRAs of a host's turns; None where it computes anything else."""
     found = []
+    # what stands in the place of the weight or bias may train between two steps
+    if "replaced" in host._modules:
+        return None
     for name, index in host.router.turns:
         for delta in host.deltas[name].values() if name in host.deltas else ():
             plain = type(delta) is LowRank and delta.activation == "identity" and delta.c is None

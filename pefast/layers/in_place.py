@@ -9,13 +9,25 @@ from torch import nn
 
 @functools.cache
 def _mixed(mixin: type, cls: type, prefix: str) -> type:
-    own = {"__doc__": f"{cls.__name__}, computed by pefast.", "prefix": prefix}
+    own = {"__doc__": f"{cls.__name__}, computed by pefast.", "mixed_prefix": prefix}
     return type(f"{prefix}{cls.__name__}", (mixin, cls), own)
 
 
-def mix_in(module: nn.Module, mixin: type, prefix: str) -> None:
-    """Puts `mixin` before the module's own class."""
-    module.__class__ = _mixed(mixin, type(module), prefix)
+def mix_in(module: nn.Module, mixin: type, prefix: str, lowest: bool = False) -> None:
+    """Puts `mixin` before the module's own class, and before what was mixed in; `lowest`: behind that."""
+    cls, later = _under(type(module), None) if lowest else (type(module), [])
+    for each, name in ((mixin, prefix), *later):
+        cls = _mixed(each, cls, name)
+    module.__class__ = cls
+
+
+def _under(cls: type, mixin: type | None) -> tuple[type, list[tuple[type, str]]]:
+    """The class under a mixin, or under all of them, and what was mixed in over it, the first first."""
+    later = []
+    while "mixed_prefix" in vars(cls) and cls.__bases__[0] is not mixin:
+        later.insert(0, (cls.__bases__[0], vars(cls)["mixed_prefix"]))
+        cls = cls.__bases__[1]
+    return cls, later
 
 
 def own_class(module: nn.Module, mixin: type) -> type:
@@ -26,10 +38,8 @@ def own_class(module: nn.Module, mixin: type) -> type:
 
 def take_out(module: nn.Module, mixin: type) -> None:
     """Takes `mixin` from the module's class; what was mixed in after it stays."""
-    later, cls = [], type(module)
-    while cls.__bases__[0] is not mixin:
-        later.append((cls.__bases__[0], vars(cls)["prefix"]))
-        cls = cls.__bases__[1]
-    module.__class__ = cls.__bases__[1]
-    for each, prefix in reversed(later):
-        mix_in(module, each, prefix)
+    with_mixin, later = _under(type(module), mixin)
+    cls = with_mixin.__bases__[1]
+    for each, name in later:
+        cls = _mixed(each, cls, name)
+    module.__class__ = cls

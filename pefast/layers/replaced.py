@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from pefast.formats import format_of
 from pefast.layers.in_place import mix_in, take_out
 from pefast.layers.router import Router
-from pefast.ops.partial_linear import Index, put, take
+from pefast.ops.partial_linear import Index, partial_linear, put, take
 
 
 class Replacement(nn.Module):
@@ -87,6 +88,25 @@ def _standing(tensor: str) -> type:
     return type(f"Standing{tensor.title()}", (nn.Module,), {tensor: property(look)})
 
 
+class ChosenHost(nn.Module):
+    """Mixed into a linear layer of which some entries train: product and their gradient in one operation.
+
+    It stands under a host of deltas, which comes here where its deltas leave the product alone; where they
+    ride on it, they take the whole weight with the values in it, and the gradient of all of it.
+    """
+
+    hosts_deltas = True
+    turned: bool  # whether memory holds the transposed weight
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        active = list(self.replaced.active("weight"))
+        if not active or any(each.at is None for each in active):
+            return super().forward(x)
+        own = self._parameters["weight"]
+        values, indices = [each.values for each in active], [each.index for each in active]
+        return partial_linear(x, own.t() if self.turned else own, values, indices, self.bias)
+
+
 def replace(module: nn.Module, tensor: str, router: Router, name: str, key: str, given: Replacement) -> None:
     """Puts a replacement on one of a module's tensors."""
     if not hasattr(module, "replaced"):
@@ -94,6 +114,14 @@ def replace(module: nn.Module, tensor: str, router: Router, name: str, key: str,
         module.replaced.router = router
     if not isinstance(module, _standing(tensor)):
         mix_in(module, _standing(tensor), "Replaced")
+    if (
+        tensor == "weight"
+        and given.at is not None
+        and not isinstance(module, ChosenHost)
+        and (form := format_of(module))
+    ):
+        module.turned = form.transposed(module)
+        mix_in(module, ChosenHost, "Chosen", lowest=True)
     keys = module.replaced
     for step in (name, key):
         if step not in keys:
@@ -111,6 +139,9 @@ def give_back(module: nn.Module, name: str, key: str) -> None:
     left = {each for keys in module.replaced.values() for parts in keys.values() for each in parts}
     for tensor in tensors - left:
         take_out(module, _standing(tensor))
+    if "weight" not in left and isinstance(module, ChosenHost):
+        take_out(module, ChosenHost)
+        del module.turned
     if not left:
         del module.replaced
 

@@ -7,6 +7,7 @@ formulas have the weight, [N, K], in a Conv1D too. A tensor that modules share i
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from pefast.architectures import heads
@@ -31,16 +32,14 @@ class Replacing(Method):
 
     def enter(self, model: nn.Module, name: str, key: str, plan: Plan, router) -> None:
         """Copies the planned entries and puts the copies in their place, in every module that shares them."""
-        own = own_tensors(model)
+        own, spots = own_tensors(model), {}
+        for module in model.modules():
+            for tensor, parameter in module._parameters.items():
+                spots.setdefault(id(parameter), []).append((module, tensor))
         for path, index in plan.items():
-            spots = [
-                (module, tensor)
-                for module in model.modules()
-                for tensor, parameter in module._parameters.items()
-                if parameter is own[path]
-            ]
-            replacement = _replacement(own[path].detach(), index, _turned(*spots[0]))
-            for module, tensor in spots:
+            places = spots[id(own[path])]
+            replacement = _replacement(own[path].detach(), index, _turned(*places[0]))
+            for module, tensor in places:
                 replace(module, tensor, router, name, key, replacement)
 
     def leave(self, model: nn.Module, name: str, key: str) -> None:
@@ -51,25 +50,28 @@ class Replacing(Method):
     def tensors(self, model: nn.Module, name: str, key: str) -> dict[str, Tensor]:
         """Its tensors under the names that the file gives them."""
         found = {}
-        for path, (_, replacement) in _by_path(model, name, key).items():
+        for path, (_, replacement) in replaced_by_path(model, name, key).items():
             if replacement.at is None:
                 found[path] = replacement.values
             else:
-                found |= {f"{path}.values": replacement.values, f"{path}.indices": replacement.at}
+                at = replacement.at
+                small = not len(at) or int(at[-1]) <= torch.iinfo(torch.int32).max
+                found[f"{path}.values"] = replacement.values
+                found[f"{path}.indices"] = at.to(torch.int32) if small else at
         return found
 
     def parameters(self, model: nn.Module, name: str, key: str) -> dict[str, Tensor]:
         """What trains of them: all but the indices."""
-        return {path: each.values for path, (_, each) in _by_path(model, name, key).items()}
+        return {path: each.values for path, (_, each) in replaced_by_path(model, name, key).items()}
 
     def merge(self, model: nn.Module, name: str, key: str) -> None:
         """Writes them into the model's own tensors."""
-        for own, replacement in _by_path(model, name, key).values():
+        for own, replacement in replaced_by_path(model, name, key).values():
             replacement.merge(own)
 
     def unmerge(self, model: nn.Module, name: str, key: str) -> None:
         """Gives the model's own tensors back, bit for bit."""
-        for own, replacement in _by_path(model, name, key).values():
+        for own, replacement in replaced_by_path(model, name, key).values():
             replacement.unmerge(own)
 
     @staticmethod
@@ -108,7 +110,7 @@ def _replacement(own: Tensor, index: Index | None, turned: bool) -> Replacement:
     return Replacement(nn.Parameter(values.contiguous()), index, turned)
 
 
-def _by_path(model: nn.Module, name: str, key: str) -> dict[str, tuple[nn.Parameter, Replacement]]:
+def replaced_by_path(model: nn.Module, name: str, key: str) -> dict[str, tuple[nn.Parameter, Replacement]]:
     """The own tensor and its replacement, by the path that the file uses."""
     paths = {id(parameter): path for path, parameter in own_tensors(model).items()}
     found = {}
@@ -136,6 +138,12 @@ def _overlap(model: nn.Module, path: str, one: Index | None, other: Index | None
     if one is None or other is None:
         return True
     return bool((mask(one, shape_of(model, path)) & mask(other, shape_of(model, path))).any())
+
+
+def turned(model: nn.Module, path: str) -> bool:
+    """Whether memory holds the transpose of a tensor as the formulas have it."""
+    module, _, tensor = path.rpartition(".")
+    return _turned(model.get_submodule(module), tensor)
 
 
 def shape_of(model: nn.Module, path: str) -> tuple[int, ...]:

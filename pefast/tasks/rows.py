@@ -21,8 +21,9 @@ def read(
     named in `where` have the values given there.
 
     A folder with a folder of .txt files for each label has the columns label, text, headline (the first line)
-    and body (the others). Texts that repeat (letter case and spaces aside) are kept once, so that a split never has one text on both
-    sides. Raises ValueError for another kind of file, a missing column, or when no row is left.
+    and body (the others). Texts that repeat (letter case and spaces aside) are kept once, so that a split
+    never has one text on both sides. Raises ValueError for another kind of file, a missing column, or when no
+    row is left.
     """
     rows, seen = [], set()
     for number, record in enumerate(_records(path), 1):

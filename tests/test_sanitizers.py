@@ -34,6 +34,7 @@ def fuzzer(tmp_path_factory):
     names = [
         "isa.cpp",
         "pack_amx.cpp",
+        "parts_amx.cpp",
         *(path.name for path in (ROOT / "csrc/cpu").glob("delta_linear*.cpp")),
     ]
     sources = ["csrc/tests/delta_linear.cpp", *(f"csrc/cpu/{name}" for name in sorted(names))]

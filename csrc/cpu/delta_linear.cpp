@@ -6,6 +6,19 @@
 
 namespace pefast {
 
+Activation activation_of(const std::string& name) {
+    const char* NAMES[] = {"identity", "relu",    "gelu",       "gelu_new", "quick_gelu", "silu",
+                           "tanh",     "sigmoid", "leaky_relu", "elu",      "softplus",   "mish"};
+    int at = 0;
+    for (const char* known : NAMES) {
+        if (name == known) return static_cast<Activation>(at);
+        ++at;
+    }
+    check(false, "delta_linear: no activation '", name,
+          "' here; identity, relu, gelu, silu … would be right");
+    return Activation::identity;
+}
+
 uint64_t weight_mark(const bf16* w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K) {
     const int64_t SAMPLES = 32;
     uint64_t mark = 0xcbf29ce484222325;

@@ -101,20 +101,12 @@ inline void copy_rows(const bf16* x, int64_t ldx, int64_t rows, int64_t columns,
 // 32 sums in fp32, rounded
 inline __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-// a or b as bf16 in rows, times a scale: fp32 masters are rounded once
-inline void round_master(const Master& m, int64_t begin, int64_t end, float scale, bf16* to) {
-    const __m512 s = _mm512_set1_ps(scale);
-    for (int64_t i = begin; i < end; i += 16) {
-        const __mmask16 inside = static_cast<__mmask16>(first(std::min<int64_t>(end - i, 16)));
-        __m512 v;
-        if (m.fp32) {
-            v = _mm512_maskz_loadu_ps(inside, static_cast<const float*>(m.data) + i);
-        } else {
-            const __m256i half = _mm256_maskz_loadu_epi16(inside, static_cast<const bf16*>(m.data) + i);
-            v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-        }
-        _mm256_mask_storeu_epi16(to + i, inside, (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(v, s)));
-    }
+// the first and the last 16 of 32 numbers, as fp32
+inline __m512 widen_low(__m512i v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)), 16));
+}
+inline __m512 widen_high(__m512i v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(v, 1)), 16));
 }
 
 // h or dh of 32 rows, [rows, columns] with rows ld apart, as 32 columns of its transpose
@@ -140,24 +132,23 @@ inline void transpose_rows(const bf16* src, int64_t ld, int64_t rows, int64_t co
     }
 }
 
-// up to 32 rows times a right factor [steps * 32, columns], rounded: the waist; to [rows, ceil(columns / 32) * 32]
-inline void multiply_narrow(const Factors& all, int64_t rows, int64_t columns, float scale, float* sums,
-                            bf16* to, int64_t ld_to) {
+// scale times up to 32 rows times a strip, plus c [32], rounded: a chunk of the waist. Columns past `columns` become zero.
+inline void multiply_narrow(const Factors& all, int64_t rows, int64_t columns, float scale, const float* c,
+                            float* sums, bf16* to, int64_t ld_to) {
     const __m512 s = _mm512_set1_ps(scale);
-    for (int64_t c = 0; c < columns; c += STRIP) {
-        sized(rows, columns - c, [&](auto tall, auto wide) {
-            constexpr int ROWS = decltype(tall)::value, COLUMNS = decltype(wide)::value;
-            clear_sums<ROWS, COLUMNS>();
-            accumulate<ROWS, COLUMNS>({all.a, all.lda, all.strip + c * all.steps * STEP, all.steps});
-            store_sums<ROWS, COLUMNS>(sums);
-        });
-        const __mmask32 inside = first(columns - c);
-        for (int64_t r = 0; r < padded(rows, SIDE); ++r) {
-            const __m512 low = _mm512_load_ps(sums + r * STRIP),
-                         high = _mm512_load_ps(sums + r * STRIP + SIDE);
-            const __m512i both = rounded(_mm512_mul_ps(low, s), _mm512_mul_ps(high, s));
-            _mm512_store_si512(to + r * ld_to + c, _mm512_maskz_mov_epi16(inside, both));
-        }
+    const __m512 c_low = c ? _mm512_loadu_ps(c) : _mm512_setzero_ps(),
+                 c_high = c ? _mm512_loadu_ps(c + SIDE) : _mm512_setzero_ps();
+    sized(rows, columns, [&](auto tall, auto wide) {
+        constexpr int ROWS = decltype(tall)::value, COLUMNS = decltype(wide)::value;
+        clear_sums<ROWS, COLUMNS>();
+        accumulate<ROWS, COLUMNS>(all);
+        store_sums<ROWS, COLUMNS>(sums);
+    });
+    const __mmask32 inside = first(columns);
+    for (int64_t r = 0; r < padded(rows, SIDE); ++r) {
+        const __m512 low = _mm512_load_ps(sums + r * STRIP), high = _mm512_load_ps(sums + r * STRIP + SIDE);
+        const __m512i both = rounded(_mm512_fmadd_ps(low, s, c_low), _mm512_fmadd_ps(high, s, c_high));
+        _mm512_store_si512(to + r * ld_to, _mm512_maskz_mov_epi16(inside, both));
     }
 }
 

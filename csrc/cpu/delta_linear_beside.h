@@ -6,14 +6,21 @@
 
 namespace pefast::amx {
 
+// The masks that lie on parts of a result, and their scales 1 / (1 - p).
+struct Masks {
+    const uint32_t* keep;  // [count] masks `apart` from each other, rows ld apart
+    int64_t apart, ld, count;
+    const float* scales;  // [count]
+};
+
 // Where 32 columns of a result go, and where the fp32 sums of up to 32 of its rows wait until then.
 struct Rows {
-    const float* sums;     // [count, 32]
-    const float* masked;   // [count, 32]  added where keep has a bit, times keep_scale; null: nothing to add
-    const uint32_t* keep;  // rows ld_keep apart
-    int64_t ld_keep;
-    float keep_scale;
-    bf16* to;  // rows ld apart
+    const float* sums;    // [count, 32]
+    const float* masked;  // [masks, 64, 32]  added where the mask has a bit, times its scale
+    Masks masks;
+    const float *gain, *bias;  // [32]  result = sums ⊙ gain + bias; null: sums alone
+    bf16* u;                   // rows ld apart: the sums themselves; null: nobody asks for them
+    bf16* to;                  // rows ld apart
     int64_t ld, count;
     __mmask32 inside;
 };
@@ -70,16 +77,34 @@ class Beside {
     void store_row() {
         Rows& w = waiting;
         __m512 low = _mm512_load_ps(w.sums), high = _mm512_load_ps(w.sums + SIDE);
-        if (w.masked) {
-            const __m512 scale = _mm512_set1_ps(w.keep_scale);
-            const uint32_t bits = *w.keep;
-            const __mmask16 left = static_cast<__mmask16>(bits), right = static_cast<__mmask16>(bits >> 16);
-            low = _mm512_mask3_fmadd_ps(_mm512_load_ps(w.masked), scale, low, left);
-            high = _mm512_mask3_fmadd_ps(_mm512_load_ps(w.masked + SIDE), scale, high, right);
-            w.masked += STRIP, w.keep += w.ld_keep;
-        }
+        if (w.masks.count) add_masked(low, high);
+        if (w.gain) apply_gain(low, high);
         _mm512_mask_storeu_epi16(w.to, w.inside, rounded(low, high));
         w.sums += STRIP, w.to += w.ld, --w.count;
+    }
+
+    void add_masked(__m512& low, __m512& high) {
+        Rows& w = waiting;
+        const float* masked = w.masked;
+        const uint32_t* keep = w.masks.keep;
+        for (int64_t i = 0; i < w.masks.count; ++i, masked += 64 * STRIP, keep += w.masks.apart) {
+            const __m512 scale = _mm512_set1_ps(w.masks.scales[i]);
+            const uint32_t bits = *keep;
+            const __mmask16 left = static_cast<__mmask16>(bits), right = static_cast<__mmask16>(bits >> 16);
+            low = _mm512_mask3_fmadd_ps(_mm512_load_ps(masked), scale, low, left);
+            high = _mm512_mask3_fmadd_ps(_mm512_load_ps(masked + SIDE), scale, high, right);
+        }
+        w.masked += STRIP, w.masks.keep += w.masks.ld;
+    }
+
+    void apply_gain(__m512& low, __m512& high) {
+        Rows& w = waiting;
+        if (w.u) {
+            _mm512_mask_storeu_epi16(w.u, w.inside, rounded(low, high));
+            w.u += w.ld;
+        }
+        low = _mm512_fmadd_ps(low, _mm512_load_ps(w.gain), _mm512_load_ps(w.bias));
+        high = _mm512_fmadd_ps(high, _mm512_load_ps(w.gain + SIDE), _mm512_load_ps(w.bias + SIDE));
     }
 
     Rows waiting = {};
@@ -88,50 +113,66 @@ class Beside {
     int each = 0, soon_each = 0;
 };
 
-// One strip of columns of a panel of rows, rounded: start + main.a times main.strip + side.a times side.strip.
-// With to.keep the second product has sums of its own, and the mask lies on it.
+// One strip of columns of a panel of rows, rounded: start + Σ mains + Σ sides, and Σ masked under to.masks. The mains are
+// long sums and walked some steps at a time, the sides are short.
 struct Strip {
-    Factors main, side;
+    std::vector<Factors> mains, sides, masked;
     const float* start;  // [32]  null: zeros
     Rows to;             // of the first rows; sums, masked and count are filled in
     int64_t rows;
+    Factors next;  // the main that comes after this strip, to be fetched; without a strip: none
 };
 
 // steps of the sum walked at a time: 16 of a strip are 32 KB and stay in the first cache; 24 took a tenth longer
 constexpr int64_t CHUNK = 16;
 
-// sums [max(rows, 64), 32] and masked [64, 32] hold what waits: nothing may write them before beside.finish()
+inline Factors rows_from(const Factors& f, int64_t row) {
+    return {f.a + row * f.lda, f.lda, f.strip, f.steps};
+}
+
+// up to 32 rows of a strip, some steps of one main
+inline void multiply_rows(const Strip& s, const Factors& main, int64_t row, bool first, bool last,
+                          float* sums, float* masked, Beside& beside) {
+    Rows rows = s.to;
+    rows.sums = sums, rows.masked = masked, rows.count = std::min<int64_t>(s.rows - row, 32);
+    rows.to += row * rows.ld, rows.masks.keep += row * rows.masks.ld;
+    if (rows.u) rows.u += row * rows.ld;
+    beside.plan(main.steps, rows.to, rows.ld, last ? rows.count : 0);
+    sized(s.rows - row, STRIP, [&](auto tall, auto wide) {
+        constexpr int ROWS = decltype(tall)::value, COLUMNS = decltype(wide)::value;
+        first ? begin_sums<ROWS, COLUMNS>(s.start) : load_sums<ROWS, COLUMNS>(sums);
+        accumulate<ROWS, COLUMNS>(rows_from(main, row), beside);
+        for (const Factors& side : s.sides)
+            if (last) accumulate<ROWS, COLUMNS>(rows_from(side, row));
+        store_sums<ROWS, COLUMNS>(sums);
+        for (const Factors& side : s.masked) {
+            if (!last) break;
+            clear_sums<ROWS, COLUMNS>();
+            accumulate<ROWS, COLUMNS>(rows_from(side, row));
+            store_sums<ROWS, COLUMNS>(masked);
+            masked += 64 * STRIP;
+        }
+    });
+    if (last) beside.wait(rows);
+}
+
+// sums [max(rows, 64), 32] and masked [masks, 64, 32] hold what waits: nothing may write them before beside.finish()
 inline void multiply_strip(const Strip& s, float* sums, float* masked, Beside& beside) {
-    const int64_t chunks = std::max<int64_t>(parts(s.main.steps, CHUNK), 1);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t begin = s.main.steps * chunk / chunks, end = s.main.steps * (chunk + 1) / chunks;
-        const bool last = chunk == chunks - 1;
-        for (int64_t row = 0; row < s.rows; row += 32) {
-            // with one chunk the sums leave soon, so two places in turn are enough
-            float* c = sums + (chunks == 1 ? row % 64 : row) * STRIP;
-            float* d = s.to.keep ? masked + row % 64 * STRIP : nullptr;
-            Rows rows = s.to;
-            rows.sums = c, rows.masked = d, rows.count = std::min<int64_t>(s.rows - row, 32);
-            rows.to += row * rows.ld, rows.keep += row * rows.ld_keep;
-            beside.plan(end - begin, rows.to, rows.ld, last ? rows.count : 0);
-            sized(s.rows - row, STRIP, [&](auto tall, auto wide) {
-                constexpr int ROWS = decltype(tall)::value, COLUMNS = decltype(wide)::value;
-                const Factors main = {s.main.a + row * s.main.lda + begin * STEP, s.main.lda,
-                                      s.main.strip + begin * 2 * TILE, end - begin};
-                const Factors side = {s.side.a + row * s.side.lda, s.side.lda, s.side.strip, s.side.steps};
-                chunk ? load_sums<ROWS, COLUMNS>(c) : begin_sums<ROWS, COLUMNS>(s.start);
-                accumulate<ROWS, COLUMNS>(main, beside);
-                if (last && d) {
-                    store_sums<ROWS, COLUMNS>(c);
-                    clear_sums<ROWS, COLUMNS>();
-                    accumulate<ROWS, COLUMNS>(side);
-                    store_sums<ROWS, COLUMNS>(d);
-                } else {
-                    if (last) accumulate<ROWS, COLUMNS>(side);
-                    store_sums<ROWS, COLUMNS>(c);
-                }
-            });
-            if (last) beside.wait(rows);
+    int64_t chunks = 0, left;
+    for (const Factors& f : s.mains) chunks += std::max<int64_t>(parts(f.steps, CHUNK), 1);
+    left = chunks;
+    for (size_t i = 0; i < s.mains.size(); ++i) {
+        const Factors &f = s.mains[i], &next = i + 1 < s.mains.size() ? s.mains[i + 1] : s.next;
+        beside.strip = Fetch(next.strip, next.strip ? next.steps * 4 * TILE : 0, parts(s.rows, 32) * f.steps);
+        const int64_t own = std::max<int64_t>(parts(f.steps, CHUNK), 1);
+        for (int64_t chunk = 0; chunk < own; ++chunk, --left) {
+            const int64_t begin = f.steps * chunk / own, end = f.steps * (chunk + 1) / own;
+            const Factors some = {f.a + begin * STEP, f.lda, f.strip + begin * 2 * TILE, end - begin};
+            for (int64_t row = 0; row < s.rows; row += 32) {
+                // with one chunk the sums leave soon, so two places in turn are enough
+                float* c = sums + (chunks == 1 ? row % 64 : row) * STRIP;
+                multiply_rows(s, some, row, left == chunks, left == 1, c, masked + row % 64 * STRIP, beside);
+            }
         }
     }
 }

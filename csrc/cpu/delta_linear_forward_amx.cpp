@@ -1,4 +1,5 @@
 #include "delta_linear_beside.h"
+#include "delta_linear_stack.h"
 
 namespace pefast {
 
@@ -6,7 +7,7 @@ using namespace amx;
 
 namespace {
 
-// A panel of rows stays in the second cache while the packed weight streams past it once.
+// A panel of rows stays in the second cache while the packed weights stream past it once.
 constexpr int64_t PANEL_BYTES = 1 << 20, PANEL_ROWS = 256;
 // The rows of the next panel are fetched early where they take no more than this.
 constexpr int64_t EARLY_BYTES = 1 << 19;
@@ -15,10 +16,11 @@ class Forward {
   public:
     Forward(const DeltaForward& call, int threads)
         : f(call),
+          stack(f.siblings, [](const Place& p) { return p.s->d.data && p.s->routed; }),
+          waist(stack, f.siblings, f.K),
           steps(parts(f.K, STEP)),
-          waist_steps(parts(f.waist.R, STEP)),
           lda(spread(f.K)),
-          ldh(spread(f.waist.R)),
+          ldh(spread(stack.slots)),
           ld_keep(parts(f.K, 128) * 4) {
         const int64_t most = std::clamp<int64_t>(PANEL_BYTES / (2 * lda) / 32 * 32, 64, PANEL_ROWS);
         panels = parts(f.M, most);
@@ -27,39 +29,21 @@ class Forward {
         height = std::max<int64_t>(padded(parts(f.M, std::max<int64_t>(panels, 1)), 32), 32);
         panels = parts(f.M, height);
         alone = panels >= threads;
-
-        Scratch& scratch = Scratch::of_this_thread();
-        const int64_t R = f.waist.R, N = padded(f.N, STRIP);
-        a = scratch.take<bf16>(R * f.K), b = scratch.take<bf16>(f.N * R);
-        a_packed = scratch.take<bf16>(steps * STEP * padded(R, STRIP));
-        b_packed = scratch.take<bf16>(waist_steps * STEP * N);
-        bias = scratch.take<float>(N);
-        slots.resize(alone ? threads : 1);
-        for (Slot& slot : slots) {
-            slot.x = scratch.take<bf16>(height * lda);
-            slot.h = scratch.take<bf16>(height * ldh);
-            for (uint32_t*& keep : slot.keep)
-                keep = scratch.take<uint32_t>(f.waist.dropout ? height * ld_keep : 0);
-        }
-        owns.resize(threads);
-        for (Own& own : owns) {
-            own.sums = scratch.take<float>(std::max<int64_t>(height, 64) * STRIP);
-            own.x_hat = f.waist.dropout ? scratch.take<bf16>(32 * lda) : nullptr;
-        }
+        take_memory(threads);
     }
 
     void run(Team team) {
         pack(team);
         team.wait();
         Beside beside;
+        Own& own = owns[team.rank];
         if (alone) {
-            const Own& own = owns[team.rank];
             Slot& slot = slots[team.rank];
             start(team.rank, slot, beside, 1);
             for (int64_t p = team.rank; p < panels; p += team.size)
                 panel(p, p + team.size, Team{0, 1}, slot, own, beside);
         } else {
-            for (int64_t p = 0; p < panels; ++p) panel(p, panels, team, slots[0], owns[team.rank], beside);
+            for (int64_t p = 0; p < panels; ++p) panel(p, panels, team, slots[0], own, beside);
         }
     }
 
@@ -68,82 +52,154 @@ class Forward {
     struct Slot {
         bf16* x;            // [height, lda]
         bf16* h;            // [height, ldh]
-        uint32_t* keep[2];  // [height, ld_keep]  the masks of this panel and of the next
+        uint32_t* keep[2];  // [masks, height, ld_keep]  of this panel and of the next
     };
     // what each thread needs for itself
     struct Own {
         float* sums;  // [max(height, 64), 32]
         bf16* x_hat;  // [32, lda]
+        Strip strip;
+    };
+    // a sibling's factors as its strips read them
+    struct Wide {
+        int64_t first_strip, strips;
+        bf16* b;                     // [strips, chunks, 2 tiles]
+        float *start, *gain, *bias;  // [strips * 32]  null: there is none
     };
 
-    void pack(Team team) {
-        const int64_t R = f.waist.R;
-        round_master(f.waist.a, team.begin(R) * f.K, team.end(R) * f.K, 1, a);
-        round_master(f.waist.b, team.begin(f.N) * R, team.end(f.N) * R, f.waist.scale, b);
-        if (f.bias.data && team.rank == 0) widen_bias();
-        team.wait();
-        const int64_t strips = parts(f.N, STRIP), narrow = parts(R, STRIP);
-        for (int64_t s = team.begin(strips); s < team.end(strips); ++s)
-            pack_strip<Terms::across>(b, R, R, f.N, s, b_packed);
-        for (int64_t s = team.begin(narrow); s < team.end(narrow); ++s)
-            pack_strip<Terms::across>(a, f.K, f.K, R, s, a_packed);
+    void take_memory(int threads) {
+        Scratch& scratch = Scratch::of_this_thread();
+        a = scratch.take<bf16>(steps * STEP * stack.slots);
+        c = scratch.take<float>(stack.slots);
+        for (size_t i = 0; i < f.siblings.size(); ++i) {
+            const SiblingForward& one = f.siblings[i];
+            const int64_t count = parts(one.N, STRIP), N = count * STRIP;
+            bool starts = one.bias.data && !one.gain.data;
+            for (const Segment& s : one.segments) starts = starts || (s.d.data && !s.routed);
+            const auto row = [&](bool there) { return there ? scratch.take<float>(N) : nullptr; };
+            const int64_t chunks = stack.siblings[i].end - stack.siblings[i].begin;
+            wide.push_back({strips, count, scratch.take<bf16>(chunks * STEP * N), row(starts),
+                            row(one.gain.data), row(one.gain.data)});
+            strips += count;
+        }
+        const int64_t masks = stack.draws.size();
+        slots.resize(alone ? threads : 1);
+        for (Slot& slot : slots) {
+            slot.x = scratch.take<bf16>(height * lda);
+            slot.h = scratch.take<bf16>(height * ldh);
+            for (uint32_t*& keep : slot.keep) keep = scratch.take<uint32_t>(masks * height * ld_keep);
+        }
+        owns.resize(threads);
+        for (Own& own : owns) {
+            own.sums = scratch.take<float>(std::max<int64_t>(height, 64) * STRIP);
+            own.x_hat = masks ? scratch.take<bf16>(32 * lda) : nullptr;
+        }
     }
 
-    void widen_bias() {
-        for (int64_t n = 0; n < f.N; ++n)
-            bias[n] = f.bias.fp32 ? static_cast<const float*>(f.bias.data)[n]
-                                  : widen(static_cast<const bf16*>(f.bias.data)[n]);
+    void pack(Team team) {
+        const int64_t chunks = stack.chunks.size();
+        for (int64_t i = team.begin(chunks); i < team.end(chunks); ++i)
+            if (stack.chunks[i].computed) waist.into_h(i, a + i * steps * 2 * TILE);
+        for (size_t i = 0; i < wide.size(); ++i) {
+            const Wide& w = wide[i];
+            const Range own = stack.siblings[i];
+            const int64_t count = own.end - own.begin, begin = team.begin(w.strips), end = team.end(w.strips);
+            for (int64_t j = 0; j < count; ++j)
+                waist.into_y(own.begin + j, begin, end, w.b + j * 2 * TILE, count * 2 * TILE);
+        }
+        if (team.rank == 0) widen_rows();
+    }
+
+    // what is added to whole columns, in fp32
+    void widen_rows() {
+        for (const Place& p : stack.places)
+            for (int64_t r = 0; r < p.s->R && p.computed(); ++r)
+                c[p.slot + r] = p.s->c.data ? number_of(p.s->c, r) : 0;
+        for (size_t i = 0; i < wide.size(); ++i) {
+            const SiblingForward& one = f.siblings[i];
+            const Wide& w = wide[i];
+            for (int64_t n = 0; n < one.N; ++n) {
+                const float bias = one.bias.data ? number_of(one.bias, n) : 0;
+                if (w.gain) w.gain[n] = number_of(one.gain, n), w.bias[n] = bias;
+                if (!w.start) continue;
+                w.start[n] = w.gain ? 0 : bias;
+                for (const Segment& s : one.segments)
+                    if (s.d.data && !s.routed) w.start[n] += s.scale * number_of(s.d, n);
+            }
+        }
     }
 
     int64_t first_row(int64_t panel) const { return std::min(panel * height, f.M); }
     int64_t rows_of(int64_t panel) const { return first_row(panel + 1) - first_row(panel); }
 
-    // a panel that one thread works on alone: fetched, and its mask made, beside so many steps of the one before
+    // a panel that one thread works on alone: fetched, and its masks made, beside so many steps of the one before
     void start(int64_t panel, Slot& slot, Beside& beside, int64_t steps_before) {
         const int64_t begin = first_row(panel), rows = rows_of(panel), bytes = rows * f.ldx * 2;
         beside.rows = Fetch(f.x + begin * f.ldx, bytes <= EARLY_BYTES ? bytes : 0, steps_before);
-        if (f.waist.dropout) beside.keep.start(f.waist.draw, begin, rows, f.K, slot.keep[1], ld_keep);
+        beside.keep.start(stack.draws.data(), stack.draws.size(), begin, rows, f.K, slot.keep[1], ld_keep,
+                          height * ld_keep);
     }
 
-    void panel(int64_t index, int64_t next, Team team, Slot& slot, const Own& own, Beside& beside) {
-        const int64_t begin = first_row(index), rows = rows_of(index), strips = parts(f.N, STRIP);
+    void panel(int64_t index, int64_t next, Team team, Slot& slot, Own& own, Beside& beside) {
+        const int64_t begin = first_row(index), rows = rows_of(index);
         if (alone) {
             beside.keep.finish(parts(f.K, 128));
             std::swap(slot.keep[0], slot.keep[1]);
             start(next, slot, beside, strips * parts(rows, 32) * steps);
         }
         for (int64_t row = 32 * team.rank; row < rows; row += 32 * team.size)
-            waist(begin, row, std::min<int64_t>(rows - row, 32), slot, own);
+            block(begin, row, std::min<int64_t>(rows - row, 32), slot, own);
         team.wait();
-        for (int64_t s = team.begin(strips); s < team.end(strips); ++s)
-            columns(s, begin, rows, slot, own, beside);
+        for (size_t i = 0; i < wide.size(); ++i) {
+            const int64_t before = wide[i].first_strip;
+            const int64_t last = std::min(team.end(strips) - before, wide[i].strips);
+            for (int64_t s = std::max<int64_t>(team.begin(strips) - before, 0); s < last; ++s)
+                columns(i, s, begin, rows, slot, own, beside);
+        }
         beside.finish();
         team.wait();
     }
 
-    // h of up to 32 rows of a panel
-    void waist(int64_t begin, int64_t row, int64_t rows, const Slot& slot, const Own& own) {
+    // the waist of up to 32 rows of a panel
+    void block(int64_t begin, int64_t row, int64_t rows, const Slot& slot, const Own& own) {
         bf16 *x = slot.x + row * lda, *h = slot.h + row * ldh;
         copy_rows(f.x + (begin + row) * f.ldx, f.ldx, rows, f.K, x, lda);
-        const bf16* x_hat =
-            f.waist.dropout ? dropped(begin + row, rows, x, slot.keep[0] + row * ld_keep, own) : x;
-        multiply_narrow({x_hat, lda, a_packed, steps}, rows, f.waist.R, f.waist.keep_scale, own.sums, h, ldh);
-        store_h(begin + row, rows, h);
+        for (const Group& g : stack.groups) {
+            const bf16* x_hat = x;
+            if (g.mask >= 0) x_hat = dropped(begin + row, rows, x, g.mask, slot, row, own);
+            for (int64_t i = g.chunk; i < g.chunk + g.chunks; ++i) {
+                const Chunk& chunk = stack.chunks[i];
+                bf16* to = h + chunk.slot;
+                if (chunk.computed)
+                    multiply_narrow({x_hat, lda, a + i * steps * 2 * TILE, steps}, rows, chunk.used,
+                                    g.keep_scale, c + chunk.slot, own.sums, to, ldh);
+                else
+                    for (int64_t r = 0; r < padded(rows, SIDE); ++r)
+                        _mm512_store_si512(to + r * ldh, _mm512_setzero_si512());
+                save(chunk, begin + row, rows, to);
+                if (!chunk.plain) make_h(stack, chunk, f.ids, begin + row, rows, to, ldh, to, ldh);
+            }
+        }
     }
 
-    void store_h(int64_t row, int64_t rows, const bf16* h) {
-        const int64_t R = f.waist.R;
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t c = 0; c < R; c += 32)
-                _mm512_mask_storeu_epi16(f.h + (row + r) * R + c, first(R - c),
-                                         _mm512_load_si512(h + r * ldh + c));
+    void save(const Chunk& chunk, int64_t row, int64_t rows, const bf16* z) {
+        for (int64_t p = chunk.begin; p < chunk.end; ++p) {
+            const Place& place = stack.places[p];
+            const __mmask32 inside = Stack::shared(chunk, place);
+            if (!inside || !place.computed()) continue;
+            bf16* to = f.waist + row * stack.saved + place.saved + chunk.slot - place.slot;
+            for (int64_t r = 0; r < rows; ++r)
+                _mm512_mask_storeu_epi16(to + r * stack.saved, inside, _mm512_load_si512(z + r * ldh));
+        }
     }
 
-    const bf16* dropped(int64_t row, int64_t rows, const bf16* x, uint32_t* keep, const Own& own) {
+    const bf16* dropped(int64_t row, int64_t rows, const bf16* x, int64_t mask, const Slot& slot, int64_t at,
+                        const Own& own) {
+        uint32_t* keep = slot.keep[0] + (mask * height + at) * ld_keep;
         if (!alone) {
-            KeepRows mask;
-            mask.start(f.waist.draw, row, rows, f.K, keep, ld_keep);
-            mask.finish(parts(f.K, 128));
+            KeepRows make;
+            make.start(&stack.draws[mask], 1, row, rows, f.K, keep, ld_keep, 0);
+            make.finish(parts(f.K, 128));
         }
         // rows beyond the last are zeros in x whatever their mask says
         for (int64_t r = 0; r < padded(rows, SIDE); ++r)
@@ -153,28 +209,39 @@ class Forward {
         return own.x_hat;
     }
 
-    // 32 columns of y for the rows of a panel
-    void columns(int64_t strip, int64_t begin, int64_t rows, const Slot& slot, const Own& own,
+    // 32 columns of a sibling's y for the rows of a panel
+    void columns(size_t i, int64_t strip, int64_t begin, int64_t rows, const Slot& slot, Own& own,
                  Beside& beside) {
-        const int64_t n = strip * STRIP;
-        const bf16* w = f.w + n * steps * STEP;
-        Strip s = {};
-        s.main = {slot.x, lda, w, steps};
-        s.side = {slot.h, ldh, b_packed + n * waist_steps * STEP, waist_steps};
-        s.start = f.bias.data ? bias + n : nullptr;
-        s.to.to = f.y + begin * f.N + n, s.to.ld = f.N, s.to.inside = first(f.N - n);
+        const SiblingForward& one = f.siblings[i];
+        const Wide& wide_i = wide[i];
+        const Range chunks = stack.siblings[i];
+        const int64_t n = strip * STRIP, count = chunks.end - chunks.begin;
+        const bf16* w = one.w + n * steps * STEP;
+        Strip& s = own.strip;
+        s.mains.assign(1, {slot.x, lda, w, steps});
+        s.sides.assign(1, {slot.h + chunks.begin * 32, ldh, wide_i.b + strip * count * 2 * TILE, count});
+        s.start = wide_i.start ? wide_i.start + n : nullptr;
+        s.to = {};
+        s.to.to = one.y + begin * one.N + n, s.to.ld = one.N, s.to.inside = first(one.N - n);
+        if (wide_i.gain) {
+            s.to.gain = wide_i.gain + n, s.to.bias = wide_i.bias + n;
+            s.to.u = one.u ? one.u + begin * one.N + n : nullptr;
+        }
         s.rows = rows;
-        beside.strip =
-            Fetch(w + steps * 2 * TILE, n + STRIP < f.N ? steps * 4 * TILE : 0, parts(rows, 32) * steps);
+        s.next = {nullptr, 0, strip + 1 < wide_i.strips ? w + steps * 2 * TILE : nullptr, steps};
+        if (!s.next.strip && i + 1 < wide.size()) s.next.strip = f.siblings[i + 1].w;
         multiply_strip(s, own.sums, nullptr, beside);
     }
 
     const DeltaForward& f;
-    const int64_t steps, waist_steps, lda, ldh, ld_keep;
-    int64_t panels, height;
+    const Stack stack;
+    const PackedWaist waist;
+    const int64_t steps, lda, ldh, ld_keep;
+    int64_t panels, height, strips = 0;
     bool alone;  // each panel is one thread's
-    bf16 *a, *b, *a_packed, *b_packed;
-    float* bias;
+    bf16* a;     // [chunks, steps, 2 tiles]
+    float* c;    // [slots]
+    std::vector<Wide> wide;
     std::vector<Slot> slots;
     std::vector<Own> owns;
 };

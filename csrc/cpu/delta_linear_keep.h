@@ -13,19 +13,33 @@ namespace pefast::amx {
 
 class KeepRows {
   public:
-    // rows begin .. begin + rows - 1 of x [.., columns]; a row of keep has 4 words for each 128 columns
+    KeepRows() = default;
+    KeepRows(const KeepRows&) = delete;
+
+    // rows begin .. begin + rows - 1 of x [.., columns] for several masks; a row of one has 4 words for each 128
+    // columns, and the masks lie `apart` words from each other
+    void start(const Draw* draws, int64_t masks, int64_t begin, int64_t rows, int64_t columns, uint32_t* to,
+               int64_t ld_to, int64_t apart_by) {
+        all = draws, first = static_cast<uint32_t>(begin), count = masks ? rows : 0;
+        blocks = (columns + 127) / 128, last = masks - 1;
+        base = to, ld = ld_to, apart = apart_by, block = -1, mask = last, row = count;
+    }
+
+    // one mask
     void start(const Draw& d, int64_t begin, int64_t rows, int64_t columns, uint32_t* to, int64_t ld_to) {
-        draw = d, first = static_cast<uint32_t>(begin), count = rows, blocks = (columns + 127) / 128;
-        keep = to, ld = ld_to, block = -1, row = rows;
-        const uint64_t product = static_cast<uint64_t>(PHILOX_M1) * d.stream;
-        stream_high = static_cast<uint32_t>(product >> 32), stream_low = static_cast<uint32_t>(product);
+        only = d;
+        start(&only, 1, begin, rows, columns, to, ld_to, 0);
     }
 
     // the next row of 128 columns, if any is left
     void step() {
         if (row == count) {
-            if (block + 1 >= blocks || count == 0) return;
-            ++block, row = 0;
+            if (done() || count == 0) return;
+            if (mask == last)
+                ++block, mask = 0;
+            else
+                ++mask;
+            row = 0;
             columns_once();
         }
         store_row();
@@ -34,15 +48,14 @@ class KeepRows {
 
     // what is left of the first so many blocks of 128 columns
     void finish(int64_t wanted) {
-        while (block + 1 < std::min(wanted, blocks) || (row < count && block < wanted)) {
-            if (count == 0) return;
+        if (count == 0) return;
+        while (block + 1 < std::min(wanted, blocks) || ((mask < last || row < count) && block < wanted))
             step();
-        }
     }
 
-    bool done() const { return row == count && block + 1 >= blocks; }
-
   private:
+    bool done() const { return row == count && mask == last && block + 1 >= blocks; }
+
     uint32_t key(int word, uint32_t round) const {
         return draw.key[word] + round * (word ? PHILOX_W1 : PHILOX_W0);
     }
@@ -51,6 +64,9 @@ class KeepRows {
 
     // the parts of rounds 0, 1 and 2 that no row changes
     void columns_once() {
+        draw = all[mask], keep = base + mask * apart;
+        const uint64_t product = static_cast<uint64_t>(PHILOX_M1) * draw.stream;
+        stream_high = static_cast<uint32_t>(product >> 32), stream_low = static_cast<uint32_t>(product);
         const __m512i m0 = _mm512_set1_epi32(PHILOX_M0), m1 = _mm512_set1_epi32(PHILOX_M1);
         const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         __m512i high, low;
@@ -87,11 +103,12 @@ class KeepRows {
         for (int w = 0; w < 4; ++w) to[w] = _mm512_cmpge_epu16_mask(c[w], threshold);
     }
 
-    Draw draw = {};
+    const Draw* all = nullptr;
+    Draw draw = {}, only = {};
     uint32_t first = 0, stream_high = 0, stream_low = 0;
-    int64_t count = 0, blocks = 0, block = -1, row = 0;
-    uint32_t* keep = nullptr;
-    int64_t ld = 0;
+    int64_t count = 0, blocks = 0, block = -1, mask = 0, last = 0, row = 0;
+    uint32_t *base = nullptr, *keep = nullptr;
+    int64_t ld = 0, apart = 0;
     __m512i one = {}, two[3] = {};  // words of the counter before rounds 1 and 3, short of the row's part
 };
 

@@ -45,34 +45,46 @@ inline void pair_rows(__m512i even, __m512i odd, __m512i& low, __m512i& high) {
     high = _mm512_permutex2var_epi16(even, HIGH, odd);
 }
 
-// src holds the terms of a column in a row: [columns, terms], rows ld apart
-inline void pack_step_across(const bf16* src, int64_t ld, int64_t terms, int64_t columns, bf16* tiles) {
-    const __mmask32 inside = first(terms);
-    for (int64_t half = 0; half < 2; ++half, tiles += TILE) {
+// column(i), i < 32: the terms of a column, 32 numbers; one tile of 16 columns, or two
+template <class Column>
+inline void pack_columns(const Column& column, bf16* tiles, int64_t halves) {
+    for (int64_t half = 0; half < halves; ++half, tiles += TILE) {
         __m512i v[16];
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < 16; ++i) {
-            const int64_t column = half * SIDE + i;
-            v[i] = _mm512_maskz_loadu_epi16(column < columns ? inside : 0, src + column * ld);
-        }
+        for (int64_t i = 0; i < 16; ++i) v[i] = column(half * SIDE + i);
         transpose(v);
 #pragma GCC unroll 16
         for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(tiles + i * 32, v[i]);
     }
 }
 
+// term(i), i < 32: a term of all columns, 32 numbers; one tile of 16 columns, or two
+template <class Term>
+inline void pack_terms(const Term& term, bf16* tiles, int64_t halves) {
+    for (int64_t pair = 0; pair < 16; ++pair) {
+        __m512i low, high;
+        pair_rows(term(2 * pair), term(2 * pair + 1), low, high);
+        _mm512_storeu_si512(tiles + pair * 32, low);
+        if (halves == 2) _mm512_storeu_si512(tiles + TILE + pair * 32, high);
+    }
+}
+
+// src holds the terms of a column in a row: [columns, terms], rows ld apart
+inline void pack_step_across(const bf16* src, int64_t ld, int64_t terms, int64_t columns, bf16* tiles) {
+    const __mmask32 inside = first(terms);
+    const auto column = [&](int64_t i) {
+        return _mm512_maskz_loadu_epi16(i < columns ? inside : 0, src + i * ld);
+    };
+    pack_columns(column, tiles, 2);
+}
+
 // src holds a term of all columns in a row: [terms, columns], rows ld apart
 inline void pack_step_along(const bf16* src, int64_t ld, int64_t terms, int64_t columns, bf16* tiles) {
     const __mmask32 inside = first(columns);
-    for (int64_t pair = 0; pair < 16; ++pair) {
-        const int64_t row = 2 * pair;
-        const __m512i even = _mm512_maskz_loadu_epi16(row < terms ? inside : 0, src + row * ld);
-        const __m512i odd = _mm512_maskz_loadu_epi16(row + 1 < terms ? inside : 0, src + (row + 1) * ld);
-        __m512i low, high;
-        pair_rows(even, odd, low, high);
-        _mm512_storeu_si512(tiles + pair * 32, low);
-        _mm512_storeu_si512(tiles + TILE + pair * 32, high);
-    }
+    const auto term = [&](int64_t i) {
+        return _mm512_maskz_loadu_epi16(i < terms ? inside : 0, src + i * ld);
+    };
+    pack_terms(term, tiles, 2);
 }
 
 // Which way the terms of the sum run in the source.

@@ -1,58 +1,26 @@
-"""delta_linear by csrc/cpu/delta_linear*: one LoRA beside a frozen bf16 weight, on AMX.
+"""delta_linear by csrc/cpu/delta_linear*: every segment beside a frozen weight, on AMX.
 
-The weight is packed once for each direction (packs.py). Calls in fp32 go to delta_linear_fp32.py.
+One plain LoRA in bf16, the commonest call, has a door of its own here, for it costs the least Python; other
+calls in bf16 go through sibling_linear.py, those in fp32 through delta_linear_fp32.py.
 Formula: pefast/ops/delta_linear.py.
 """
 
 import torch
 from torch import Tensor
 
-from pefast.native import WHY_NOT, C, packs, rows_of, through_the_registry
+from pefast.native import WHY_NOT, C, packs, rows_of, sibling_linear, through_the_registry
 from pefast.native import delta_linear_fp32 as fp32
 from pefast.native.packs import packed_bytes as packed_bytes
+from pefast.native.sibling_linear import packed_weight
 
 _HERE = C is not None and C.delta_linear_here()
-_MASTERS = (torch.float32, torch.bfloat16)
 
 
 def refuse(call) -> str:
     """Why csrc cannot run this call, or ""."""
     if call.x.dtype is torch.float32:
         return fp32.why_not(call)
-    if not _HERE:
-        return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
-    x, w, bias, segments = call.x, call.w, call.bias, call.segments
-    if not (x.is_cpu and w.is_cpu):
-        return f"needs a CPU, x is on {x.device} and the weight on {w.device}"
-    if not (x.dtype is torch.bfloat16 and w.dtype is torch.bfloat16):
-        return f"takes bfloat16, x is {_name(x.dtype)} and the weight {_name(w.dtype)}"
-    if len(segments) != 1:
-        return f"takes one segment, here are {len(segments)}"
-    if call.gain is not None:
-        return "has no output gain"
-    if not w.numel():
-        return f"takes no empty weight, w is {list(w.shape)}"
-    if (w.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
-        return "takes a frozen weight and bias, here one of them trains"
-    if bias is not None and bias.dtype not in _MASTERS:
-        return f"takes a bias in float32 or bfloat16, it is {_name(bias.dtype)}"
-    return _refuse_segment(segments[0])
-
-
-def _refuse_segment(s) -> str:
-    if s.h is not None:
-        return "computes the waist itself, here it is given"
-    if s.activation != "identity":
-        return f"has no activation, the segment's is {s.activation}"
-    if s.c is not None or s.d is not None:
-        return "has no trained biases inside a segment"
-    if s.adapter is not None:
-        return "has no adapter ids"
-    if s.a.dtype not in _MASTERS or s.b.dtype not in _MASTERS:
-        return f"takes a and b in float32 or bfloat16, they are {_name(s.a.dtype)} and {_name(s.b.dtype)}"
-    if not s.a.shape[0]:
-        return "takes a rank of 1 or more, it is 0"
-    return ""
+    return sibling_linear.refuse(call.x, (call,))
 
 
 def decline(call) -> str:
@@ -65,14 +33,22 @@ def decline(call) -> str:
     return ""
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _one_lora(call) -> bool:
+    """Whether the call is one plain LoRA beside a frozen layer."""
+    if len(call.segments) != 1 or call.gain is not None:
+        return False
+    s = call.segments[0]
+    plain = s.h is None and s.activation == "identity" and s.c is None and s.d is None and s.adapter is None
+    return plain and (call.bias is None or not call.bias.requires_grad)
 
 
-def forward(call) -> tuple[Tensor, list[tuple[Tensor, None]]]:
-    """y [M, N] and [(h [M, R], None)], in x's dtype."""
+def forward(call) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+    """y [M, N] and one pair: the waist before its activations [M, all ranks], and u [M, N] or None."""
     if call.x.dtype is torch.float32:
         return fp32.forward(call)
+    if not _one_lora(call):
+        (y,), waist, (u,) = sibling_linear.forward(call.x, (call,), call.ids, call.seed)
+        return y, [(waist, u)]
     s = call.segments[0]
     run = torch.ops.pefast.delta_linear if through_the_registry(call.x) else _forward
     y, h = run(call.x, call.w, call.bias, s.a, s.b, s.scale, s.dropout, call.seed if s.dropout else None)
@@ -80,9 +56,15 @@ def forward(call) -> tuple[Tensor, list[tuple[Tensor, None]]]:
 
 
 def backward(call, saved, dy: Tensor, needs):
-    """dx, None, None, None and [(da, db, None, None, None)]; None for what is not needed."""
+    """dx, None, dbias, dgain and (da, db, dc, dd, dh) of each segment; None for what is not needed."""
     if dy.dtype is torch.float32:
         return fp32.backward(call, saved, dy, needs)
+    if not _one_lora(call):
+        (waist, u), asked = saved[0], sibling_linear.Asked(needs.x, (needs,))
+        dx, ((dbias, dgain, deltas),) = sibling_linear.backward(
+            call.x, (call,), call.ids, call.seed, waist, (u,), (dy,), asked
+        )
+        return dx, None, dbias, dgain, deltas
     s, (need_a, need_b, *_) = call.segments[0], needs.segments[0]
     run = torch.ops.pefast.delta_linear_backward if through_the_registry(dy) else _backward
     asked = (needs.x, need_a, need_b)
@@ -109,7 +91,7 @@ def _forward(x, w, bias, a, b, scale, p, seed):
     waist = (*_master(a), *_master(b), scale, p, seed.data_ptr() if p else 0)
     threads, ldx = torch.get_num_threads(), x.stride(0) if m > 1 else k
     while True:
-        packed, mark = _packed(w, False)
+        packed, mark = packed_weight(w, False)
         place = (w.data_ptr(), stride_n, stride_k, mark, packed.data_ptr())
         sizes = (y.data_ptr(), h.data_ptr(), m, n, k, r, threads)
         if C.delta_linear_forward(x.data_ptr(), ldx, *place, *on_bias, *waist, *sizes):
@@ -125,7 +107,7 @@ def _backward(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
     dx = x.new_empty((m, k) if need_x else 0)
     da = a.new_empty((r, k) if need_a else 0, dtype=torch.float32)
     db = b.new_empty((n, r) if need_b else 0, dtype=torch.float32)
-    packed, _ = _packed(w, True) if need_x else (dx, 0)
+    packed, _ = packed_weight(w, True) if need_x else (dx, 0)
     ldx, lddy = (x.stride(0), dy.stride(0)) if m > 1 else (k, n)
     waist = (*_master(a), *_master(b), scale, p, seed.data_ptr() if p else 0)
     given = (x.data_ptr(), ldx, dy.data_ptr(), lddy, h.data_ptr(), packed.data_ptr())
@@ -145,18 +127,6 @@ def _plain(t: Tensor) -> Tensor:
 
 def _master(t: Tensor) -> tuple[int, bool]:
     return t.data_ptr(), t.dtype is torch.float32
-
-
-def _packed(w: Tensor, for_dx: bool) -> tuple[Tensor, int]:
-    """w [N, K] packed for x wᵀ or for dy w, and its mark; from the storage, or made now."""
-
-    def make():
-        n, k = w.shape
-        pack = torch.empty(C.packed_size(n, k) if for_dx else C.packed_size(k, n), dtype=torch.bfloat16)
-        threads = torch.get_num_threads()
-        return pack, C.delta_linear_pack(w.data_ptr(), *w.stride(), n, k, for_dx, pack.data_ptr(), threads)
-
-    return packs.packed(w, for_dx, make)
 
 
 _LIBRARY = torch.library.Library("pefast", "FRAGMENT")

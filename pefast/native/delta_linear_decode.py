@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pefast.native import WHY_NOT, C, rows_of
-from pefast.native.delta_linear import _packed as packed_weight
+from pefast.native.sibling_linear import packed_weight
 
 _HERE = C is not None and C.delta_linear_here()
 _MASTERS = (torch.float32, torch.bfloat16)

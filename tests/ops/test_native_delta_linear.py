@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pefast.native import delta_linear as native
+from pefast.native import sibling_linear
 from pefast.ops.delta_linear import Call, Needs, Segment, reference
 from pefast.testing import assert_no_worse
 
@@ -172,8 +173,8 @@ def test_packs_follow_writes_and_leave_with_the_weight():
     call.w.data.mul_(0.5)
     assert torch.equal(native.forward(call)[0], before), "a write through .data was not seen"
     # a view of the same weight finds the same packs
-    packed, _ = native._packed(call.w, False)
-    assert native._packed(call.w.detach(), False)[0] is packed
+    packed, _ = sibling_linear.packed_weight(call.w, False)
+    assert sibling_linear.packed_weight(call.w.detach(), False)[0] is packed
     gone = weakref.ref(packed)
     del call, packed
     gc.collect()
@@ -184,15 +185,13 @@ def test_refusals_are_words():
     call, _ = make_call((4, 32, 24, 2))
     s = call.segments[0]
     cases = {
-        "bfloat16": call._replace(x=call.x.float()),
-        "one segment": call._replace(segments=()),
-        "gain": call._replace(gain=torch.ones(24)),
-        "activation": call._replace(segments=(s._replace(activation="relu"),)),
-        "adapter": call._replace(segments=(s._replace(adapter=1),)),
-        "waist": call._replace(segments=(s._replace(a=None, h=call.x[:, :2]),)),
-        "biases": call._replace(segments=(s._replace(d=torch.ones(24)),)),
+        "bfloat16": call._replace(x=call.x.double()),
         "frozen": call._replace(w=torch.nn.Parameter(call.w)),
-        "float32 or bfloat16": call._replace(segments=(s._replace(a=s.a.double()),)),
+        "takes a in float32 or bfloat16": call._replace(segments=(s._replace(a=s.a.double()),)),
+        "takes d in float32": call._replace(segments=(s, s._replace(d=torch.ones(24).double()))),
+        "takes a gain in float32": call._replace(gain=torch.ones(24).half()),
+        "waist from elsewhere": call._replace(segments=(s._replace(a=None, h=call.x[:, :2].float()),)),
+        "rank of 1": call._replace(segments=(s._replace(a=s.a[:0], b=s.b[:, :0]),)),
     }
     for word, other in cases.items():
         assert word in native.refuse(other)

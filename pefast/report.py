@@ -48,7 +48,7 @@ def explain(model: nn.Module) -> str:
         elif isinstance(module, CounterDropout):
             lines.setdefault(f"dropout of {module.p:g} from a counter", []).append(path)
         if attention.runs_on(module) and not any(attention.NAME in line for line in lines):
-            lines.setdefault(_attention_line(module), []).append(path or "(the model)")
+            lines.setdefault(_attention_line(model, module), []).append(path or "(the model)")
     if not lines:
         return f"{type(model).__name__}: no layer computes through pefast"
     said = [f"{_paths(paths)}: {line}" for line, paths in lines.items()]
@@ -105,12 +105,25 @@ def _line(what: str, module: nn.Module, segments: list[Segment], compute: str | 
     return f"{what}: {how}" + (f" ({others})" if others else "")
 
 
-def _attention_line(module: nn.Module) -> str:
+def _attention_line(model: nn.Module, module: nn.Module) -> str:
     q = torch.empty(
         1, 1, 64, 64, dtype=next(module.parameters()).dtype, device=next(module.parameters()).device
     )
-    why = attention.why_not(q, q, q, None, False, None, 0.0, {})
-    return f"attention through {attention.NAME}: " + (f"sdpa, not native: {why}" if why else "native")
+    host = next((each.prefix_host for each in model.modules() if hasattr(each, "prefix_host")), None)
+    tokens = 0 if host is None else host.longest()
+    if not tokens:
+        why = attention.why_not(q, q, q, None, False, None, 0.0, {})
+        return f"attention through {attention.NAME}: " + (f"sdpa, not native: {why}" if why else "native")
+    taken, others = "sdpa", "not native: scores have a bias or a cap, which the kernel has not"
+    if not any(getattr(each, "has_relative_attention_bias", False) for each in model.modules()):
+        ahead = q[0, :, :1].expand(-1, tokens, -1)  # [G, P, D]
+        reasons = attention.OP.reasons(
+            attention.Call(q, q, q, ahead, ahead, None, False, 1.0, 0.0, None, None)
+        )
+        taken = dispatch.forced() or next(name for name, why in reasons.items() if not why)
+        others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if why and name != taken)
+    what = f"attention through {attention.NAME}, behind a prefix of {tokens} tokens: {taken}"
+    return what + (f" ({others})" if others else "")
 
 
 def _paths(paths: list[str]) -> str:

@@ -7,7 +7,7 @@ that is in more of a T5 has the type PEFAST_PREFIX.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -74,12 +74,12 @@ class Prefix(Method):
     text: str | None = None
     tokenizer: Any = None
     share: str | None = None
-    # the tensor of a file that shared its prefix: it shares again where the other has the same numbers
-    saved: Tensor | None = field(default=None, repr=False, compare=False)
 
     kind: ClassVar[str] = "prefix"
     peft_types: ClassVar[tuple[str, ...]] = ("PREFIX_TUNING", "PEFAST_PREFIX")
     prompt_learning: ClassVar[bool] = True
+    # the tensor of a file that shared its prefix: it shares again where the other has the same numbers
+    saved = None
 
     def check(self) -> None:
         """Raises ValueError for settings that no model could take."""
@@ -234,15 +234,15 @@ class Prefix(Method):
         attentions = config.get("attentions")
         if attentions is None and config.get("num_transformer_submodules") == 2:
             attentions = ["decoder"]
-        share = config.get("share")
-        return cls(
+        method = cls(
             tokens=config["num_virtual_tokens"],
             reparameterize=(config["encoder_hidden_size"] or True) if config.get("resumes") else False,
             attentions=attentions,
             positions=config.get("positions", "shifted"),
-            share=share,
-            saved=tensors.get("prompt_embeddings") if share else None,
+            share=config.get("share"),
         )
+        method.saved = tensors.get("prompt_embeddings")
+        return method
 
 
 def _prefix(model: nn.Module, name: str) -> PrefixTokens:

@@ -10,6 +10,7 @@
 #include "cpu/delta_linear.h"
 #include "cpu/delta_linear_decode.h"
 #include "cpu/delta_linear_fp32.h"
+#include "cpu/delta_linear_thin.h"
 #include "cpu/pack.h"
 
 namespace py = pybind11;

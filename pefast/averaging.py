@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pefast.methods import LoRA
+from pefast.methods.lora import file_names
 from pefast.methods.places import deltas_of
 from pefast.model import attach, attached, head_tensors, parameters_of
 
@@ -86,7 +87,7 @@ def _lora(model: nn.Module, names: list[str], key: str, rank: int | None) -> LoR
     ranks: dict[str, int] = {}
     for each in names:
         for path, delta in deltas_of(model, each, key):
-            ranks[path] = ranks.get(path, 0) + delta.a.shape[0]
+            ranks[path] = ranks.get(path, 0) + delta.factors()[0].shape[0]
     ranks = {path: min(total, rank or total) for path, total in ranks.items()}
     first = attached(model, "average").adapters[names[0]][key]
     return LoRA(max(ranks.values()), None, first.dropout, list(ranks), ranks=ranks, plus=first.plus)
@@ -110,17 +111,19 @@ def _values(model: nn.Module, weights: Mapping[str, float], rank: int | None) ->
 
 def _factors(model: nn.Module, weights: Mapping[str, float], key: str, rank: int | None) -> dict[str, Tensor]:
     """a and b of the sum, by PEFT's names."""
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    parts: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}
     for each, weight in weights.items():
         for path, delta in deltas_of(model, each, key):
-            parts.setdefault(path, []).append((delta.a.detach(), weight * delta.scale * delta.b.detach()))
+            a, b = delta.factors()
+            parts.setdefault(file_names(path, delta), []).append(
+                (a.detach(), weight * delta.scale * b.detach())
+            )
     found = {}
-    for path, pairs in parts.items():
+    for names, pairs in parts.items():
         a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1)  # [ΣR, K], [N, ΣR]
         if rank is not None and rank < a.shape[0]:
             a, b = _nearest(a, b, rank)
-        found[f"base_model.model.{path}.lora_A.weight"] = a
-        found[f"base_model.model.{path}.lora_B.weight"] = b
+        found |= dict(zip(names, (a, b), strict=True))
     return found
 
 

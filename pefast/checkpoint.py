@@ -302,7 +302,9 @@ def _read_method(folder: Path, trainable: bool) -> _Part:
             f"load: {folder} holds a {config.get('peft_type')}; pefast reads {', '.join(_PEFT_TYPES)}"
         )
     resume = _read_tensors(folder / RESUME) if trainable and (folder / RESUME).exists() else {}
-    return _Part(kind, {**config, "resumes": bool(resume)}, _read_tensors(folder / TENSORS), resume)
+    tensors = _read_tensors(folder / TENSORS)
+    tensors = {key: tensor for key, tensor in tensors.items() if not METHODS[kind].repeats(key)}
+    return _Part(kind, {**config, "resumes": bool(resume)}, tensors, resume)
 
 
 def _read_json(path: Path) -> dict:

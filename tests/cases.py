@@ -31,6 +31,8 @@ CASES = {
         )
     ],
     "dora": [LoRA(rank=4, alpha=6, dora=True)],
+    "pissa": [LoRA(rank=4, init="pissa")],
+    "lora of words": [LoRA(rank=3, targets=["word_embeddings", "embed_tokens", "wte", "query", "o_proj"])],
     "ia3": [pefast.IA3()],
     "adapter parallel": [Adapter(size=6, scale=1.5)],
     "adapter serial": [Adapter(size=6, parallel=False, activation="gelu")],

@@ -10,8 +10,18 @@ from safetensors.torch import load_file
 import pefast
 from pefast.layers.gain import Directed
 from pefast.model import parameters_of
-from tests.models import assert_close, build, inputs, logits, step, stir, trained
-
+from tests.models import (
+    assert_as_it_was,
+    assert_close,
+    assert_refused,
+    build,
+    inputs,
+    logits,
+    snapshot,
+    step,
+    stir,
+    trained,
+)
 
 # PEFT warns that it flips fan_in_fan_out for Conv1D, and that it does not know pefast's own config keys
 pytestmark = [
@@ -30,6 +40,25 @@ CASES = {
     "dora, llama": ("llama", lora(use_dora=True, use_rslora=True), pefast.LoRA(4, 9, dora=True, rslora=True)),
     "dora, gpt2": ("gpt2", lora(use_dora=True, rank_pattern={"c_fc": 2}), pefast.LoRA(4, 9, dora=True)),
     "dora, t5": ("t5", lora(use_dora=True), pefast.LoRA(4, 9, dora=True)),
+    "pissa, bert": (
+        "bert",
+        lora(init_lora_weights="pissa", task_type="SEQ_CLS", target_modules=["query", "dense"]),
+        pefast.LoRA(4, 9, init="pissa"),
+    ),
+    "pissa, gpt2": ("gpt2", lora(init_lora_weights="pissa"), pefast.LoRA(4, 9, init="pissa")),
+    "olora, llama": ("llama", lora(init_lora_weights="olora"), pefast.LoRA(4, 9, init="olora", rslora=True)),
+    "olora, t5": ("t5", lora(init_lora_weights="olora"), pefast.LoRA(4, 9, init="olora")),
+    "gaussian, llama": ("llama", lora(init_lora_weights="gaussian"), pefast.LoRA(4, 9)),
+    "embedding, bert": (
+        "bert",
+        lora(target_modules=["word_embeddings", "query"]),
+        pefast.LoRA(4, 9, targets=["word_embeddings", "query"]),
+    ),
+    "embedding, llama": (
+        "llama",
+        lora(target_modules=["embed_tokens"], init_lora_weights=True),
+        pefast.LoRA(4, 9, targets=["embed_tokens"]),
+    ),
     "ia3, bert": ("bert", peft.IA3Config(task_type="SEQ_CLS"), pefast.IA3()),
     "ia3, llama": ("llama", peft.IA3Config(), pefast.IA3()),
     "ia3, gpt2": ("gpt2", peft.IA3Config(), pefast.IA3()),
@@ -64,9 +93,10 @@ def test_files_and_numbers_are_those_of_peft(case, tmp_path):
     assert_close(logits(ours, **fed), right, 2e-5)
     pefast.save(ours, tmp_path / "pefast")
     mine, peers = tensors(tmp_path / "pefast"), tensors(tmp_path / "peft")
-    assert sorted(mine) == sorted(peers)
-    for key, value in peers.items():
-        assert torch.equal(mine[key], value), key
+    # PEFT writes the base model's own table beside a LoRA of it
+    assert sorted(mine) == sorted(key for key in peers if not key.endswith(".base_layer.weight"))
+    for key, value in mine.items():
+        assert torch.equal(value, peers[key]), key
     again = peft.PeftModel.from_pretrained(build(family), tmp_path / "pefast").eval()
     assert_close(logits(again, **fed), right, 2e-5)
 
@@ -105,7 +135,9 @@ def test_merged_weights_are_those_of_peft(case, tmp_path):
     theirs.save_pretrained(tmp_path / "peft")
     ours = pefast.merge(pefast.load(build(family), tmp_path / "peft"))
     for name, value in theirs.merge_and_unload().state_dict().items():
-        if ".modules_to_save" not in name and not name.startswith("classifier"):
+        # the output embedding that shares a table keeps it here, and is changed with it in PEFT
+        shared = case == "embedding, llama" and name == "lm_head.weight"
+        if not shared and ".modules_to_save" not in name and not name.startswith("classifier"):
             assert_close(ours.state_dict()[name], value, 1e-5)
 
 
@@ -162,3 +194,71 @@ def test_rows_of_one_batch_differ_in_their_factors():
     for row, name in enumerate(names):
         pefast.activate(model, name)
         assert_close(got[row], logits(model, **fed)[row])
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_starts_at_the_weights_own_directions_and_as_the_base_model(init, dtype):
+    model = build("llama").to(dtype)
+    fed, right = inputs("llama"), logits(build("llama").to(dtype), **inputs("llama"))
+    weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    pefast.attach(model, pefast.LoRA(rank=5, alpha=11, init=init))
+    assert_close(logits(model, **fed), right, 1e-6 if dtype == torch.float32 else 2e-2)
+    linear = model.model.layers[0].mlp.up_proj
+    assert torch.equal(linear.weight, weight)
+    delta = linear.deltas["default"]["lora"]
+    got = (delta.scale * delta.b @ delta.a).detach()
+    if init == "pissa":
+        u, s, v_t = torch.linalg.svd(weight.float(), full_matrices=False)
+        assert_close(got, (u[:, :5] * s[:5]) @ v_t[:5], 1e-4)
+    else:
+        q, r = torch.linalg.qr(weight.float())
+        assert_close(got, delta.scale * q[:, :5] @ r[:5], 1e-4)
+
+
+def test_a_start_is_averaged_and_routed_with_what_was_learnt():
+    model, fed = build("bert"), inputs("bert", rows=2)
+    for seed, (name, init) in enumerate({"one": "pissa", "two": "zero"}.items()):
+        stir(pefast.attach(model, pefast.LoRA(rank=3, init=init), name), seed)
+    with pefast.route(model, ["one", "two"]):
+        got = logits(model, **fed)
+    for row, name in enumerate(("one", "two")):
+        pefast.activate(model, name)
+        assert_close(got[row], logits(model, **fed)[row])
+    pefast.activate(model, "one")
+    right = logits(model, **fed)
+    pefast.average(model, {"one": 1.0})
+    assert_close(logits(model, **fed), right, 1e-4)
+
+
+def test_words_of_a_routed_batch_have_their_own_tables():
+    model, fed = build("llama"), inputs("llama", rows=3)
+    for seed, name in enumerate(("one", "two")):
+        stir(pefast.attach(model, pefast.LoRA(rank=3, targets=["embed_tokens"]), name), seed)
+    names = ["two", None, "one"]
+    with pefast.route(model, names):
+        got = logits(model, **fed)
+    for row, name in enumerate(names):
+        pefast.activate(model, name)
+        assert_close(got[row], logits(model, **fed)[row])
+    pefast.activate(model, "two")
+    right, table = logits(model, **fed), model.lm_head.weight
+    pefast.merge(model)
+    assert_close(logits(model, **fed), right)
+    assert model.lm_head.weight is table and model.model.embed_tokens.weight is not table
+    pefast.detach(model)
+    assert model.model.embed_tokens.weight is table
+    assert torch.equal(logits(model, **fed), logits(build("llama"), **fed))
+
+
+def test_starts_and_tables_that_cannot_be():
+    for method, part in (
+        (pefast.LoRA(init="random"), "init is 'random'"),
+        (pefast.LoRA(init="pissa", dora=True), "not known together"),
+        (pefast.LoRA(rank=33, init="pissa"), "no more than 32"),
+        (pefast.LoRA(targets=["embed_tokens"], dora=True), "table of embeddings"),
+    ):
+        model = build("llama")
+        before = snapshot(model)
+        assert_refused(lambda model=model, method=method: pefast.attach(model, method), "LoRA: ", part)
+        assert_as_it_was(model, before)

@@ -82,11 +82,32 @@ class ModuleHost(DeltaHost):
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
+class EmbeddingHost(DeltaHost):
+    """A frozen table of embeddings with deltas."""
+
+    hosts_deltas = True
+
+    def forward(self, ids: Tensor) -> Tensor:  # [...] -> [..., D]
+        y = super(DeltaHost, self).forward(ids)
+        for name, index in () if self.merged else self.router.turns:
+            if name in self.deltas:
+                for delta in self.deltas[name].values():
+                    step = delta.look_up(ids, self.padding_idx).to(y.dtype)
+                    y = y + (step if index is None else step * row_mask(self.router.rows, index, step))
+        return y
+
+
+def _kind(layer: nn.Module) -> type[DeltaHost]:
+    if isinstance(layer, nn.Embedding):
+        return EmbeddingHost
+    return DeltaHost if any(form.knows(layer) for form in FORMATS.values()) else ModuleHost
+
+
 def host(linear: nn.Module, router: Router) -> None:
     """Makes a layer a host, in place. Its own parameters stay what they are."""
     if not isinstance(linear, DeltaHost):
         linear.format = next((name for name, form in FORMATS.items() if form.knows(linear)), "")
-        mix_in(linear, DeltaHost if linear.format else ModuleHost, "Delta")
+        mix_in(linear, _kind(linear), "Delta")
         linear.deltas, linear.router, linear.merged, linear.unmerged = nn.ModuleDict(), router, (), {}
 
 
@@ -106,7 +127,8 @@ def drop_deltas(linear: DeltaHost, name: str) -> None:
         del linear.deltas[name]
     if not linear.deltas:
         del linear.format, linear.deltas, linear.router, linear.merged, linear.unmerged
-        take_out(linear, ModuleHost if isinstance(linear, ModuleHost) else DeltaHost)
+        kinds = (ModuleHost, EmbeddingHost)
+        take_out(linear, next((kind for kind in kinds if isinstance(linear, kind)), DeltaHost))
         if not hasattr(type(linear), "compute"):
             linear.__dict__.pop("compute", None)
 
@@ -118,6 +140,12 @@ def merge_deltas(linear: DeltaHost, names: tuple[str, ...]) -> None:
     deltas = [delta for name in names if name in linear.deltas for delta in linear.deltas[name].values()]
     linear.merged = names
     if not deltas:
+        return
+    if isinstance(linear, EmbeddingHost):
+        # an output embedding that shares the table keeps it as it was, so the sum needs a table of its own
+        linear.unmerged = {"weight": linear.weight}
+        total = linear.weight + sum(delta.delta_weight().t() for delta in deltas)
+        linear.weight = nn.Parameter(total.to(linear.weight.dtype), requires_grad=False)
         return
     weight, bias = FORMATS[linear.format].weight(linear), linear.bias  # [N, K], [N]
     linear.unmerged = {
@@ -143,5 +171,8 @@ def merge_deltas(linear: DeltaHost, names: tuple[str, ...]) -> None:
 def unmerge_deltas(linear: DeltaHost) -> None:
     """Gives weight and bias back as they were, bit for bit."""
     for name, value in linear.unmerged.items():
-        getattr(linear, name).copy_(value)
+        if isinstance(linear, EmbeddingHost):
+            linear.weight = value
+        else:
+            getattr(linear, name).copy_(value)
     linear.merged, linear.unmerged = (), {}

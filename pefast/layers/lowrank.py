@@ -91,10 +91,53 @@ class LowRank(nn.Module):
         d = None if self.d is None else self.d.to(h.dtype)
         return self.scale * nn.functional.linear(h, self.b.to(h.dtype), d)
 
+    def factors(self) -> tuple[Tensor, Tensor]:  # [R, K], [N, R]
+        """The two matrices whose product, times the scale, is the delta's weight; without an activation."""
+        return self.a, self.b
+
     def delta_weight(self) -> Tensor:  # [N, K]
         """scale · b a, for a delta without an activation."""
-        return self.scale * (self.b @ self.a)
+        a, b = self.factors()
+        return self.scale * (b @ a)
 
     def extra_repr(self) -> str:
         shape = f"rank={self.a.shape[0]}, scale={self.scale:g}"
         return f"{shape}, activation={self.activation}, dropout={self.dropout}"
+
+
+class Shifted(LowRank):
+    """A LoRA that starts at factors a₀ and b₀ and counts from there: scale · (x aᵀ bᵀ − x a₀ᵀ b₀ᵀ)."""
+
+    def __init__(self, a: Tensor, b: Tensor, **settings):
+        super().__init__(a.shape[0], a.shape[1], b.shape[0], **settings)
+        with torch.no_grad():
+            self.a.copy_(a)
+            self.b.copy_(b)
+        # made again from the weight when an adapter is loaded
+        self.register_buffer("a_start", self.a.detach().clone(), persistent=False)
+        self.register_buffer("b_start", self.b.detach().clone(), persistent=False)
+
+    def factors(self) -> tuple[Tensor, Tensor]:  # [2R, K], [N, 2R]
+        """Its own and the start's, side by side."""
+        return torch.cat((self.a, self.a_start)), torch.cat((self.b, -self.b_start), 1)
+
+    def segment(self, adapter: int | None = None, h: Tensor | None = None) -> Segment:
+        """Both pairs as one segment of twice the rank."""
+        a, b = self.factors()
+        return Segment(a, b, self.scale, dropout=self.dropout if self.training else 0.0, adapter=adapter)
+
+
+class Lookup(LowRank):
+    """A LoRA beside a table of embeddings [V, D]: a [R, V] is zero and b [D, R] random at the start."""
+
+    rides = False
+
+    def __init__(self, rank: int, words: int, width: int, **settings):
+        super().__init__(rank, words, width, **settings)
+        nn.init.zeros_(self.a)
+        nn.init.normal_(self.b)
+
+    def look_up(self, ids: Tensor, padding: int | None) -> Tensor:  # [...] -> [..., D]
+        """scale · a's columns of these words, bᵀ; the padding word gets no gradient."""
+        h = nn.functional.embedding(ids, self.a.t(), padding)  # [..., R]
+        return self.scale * nn.functional.linear(h, self.b)

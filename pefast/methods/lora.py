@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from pefast.formats import format_of
 from pefast.layers.gain import Directed
 from pefast.layers.hosts import add_delta
-from pefast.layers.lowrank import LowRank, check_rate, lora_scale, master_dtype
+from pefast.layers.lowrank import Lookup, LowRank, Shifted, check_rate, lora_scale, master_dtype
+from pefast.methods.lora_start import STARTS, factors
 from pefast.methods.method import Method
-from pefast.methods.places import check_expression, deltas_of, pick_linears
+from pefast.methods.places import check_expression, deltas_of, pick_embeddings, pick_linears
 
 # what PEFT adds to a layer's path
-_OWN = re.compile(r"\.(lora_[AB]\.weight|lora_magnitude_vector)$")
+_OWN = re.compile(r"\.(lora_[AB]\.weight|lora_magnitude_vector|lora_embedding_[AB])$")
+# starts of PEFT that took something else out of the base model's weight than is known here
+_MOVED = ("corda", "loftq", "lora_ga")
 
 
 @dataclass
@@ -38,6 +41,7 @@ class LoRA(Method):
     rank, alpha scale is alpha / rank, or alpha / √rank with rslora; alpha None means alpha = rank
     dropout     on x, its own mask for each layer
     dora        trains the length of each row of the weight apart from its direction
+    init        "zero" (b is zero), "pissa" or "olora": where a and b start, methods/lora_start.py
     plus        LoRA+: the learning rate of b as a multiple of that of a, for pefast.parameter_groups
     ranks, alphas   {path: value} for layers that differ, as PEFT's rank_pattern and alpha_pattern
     """
@@ -50,6 +54,7 @@ class LoRA(Method):
     layers: Sequence[int] | None = None
     rslora: bool = False
     dora: bool = False
+    init: str = "zero"
     plus: float = 1.0
     ranks: dict[str, int] | None = None
     alphas: dict[str, float] | None = None
@@ -62,6 +67,14 @@ class LoRA(Method):
         """Raises ValueError for settings that no model could take."""
         lora_scale("LoRA", self.rank, self.alpha, self.rslora)
         check_rate("LoRA", self.dropout)
+        if self.init not in ("zero", *STARTS):
+            raise ValueError(
+                f"LoRA: init is {self.init!r}; 'zero', {', '.join(map(repr, STARTS))} would be right"
+            )
+        if self.dora and self.init in STARTS:
+            raise ValueError(
+                f"LoRA: init={self.init!r} and dora=True are not known together; one of them is right"
+            )
         if not isinstance(self.plus, Real) or not self.plus > 0:
             raise ValueError(f"LoRA: plus is {self.plus!r}; a factor above 0 would be right")
         for pattern in (*(self.ranks or {}), *(self.alphas or {})):
@@ -69,13 +82,25 @@ class LoRA(Method):
 
     def plan(self, model: nn.Module) -> list[str]:
         """Paths of the layers it will enter. Changes nothing; raises ValueError where nothing matches."""
-        return pick_linears(model, self.targets, self.exclude, self.layers)
+        tables = pick_embeddings(model, self.targets, self.exclude)
+        if tables and self.dora:
+            raise ValueError(
+                f"LoRA: {tables[0]} is a table of embeddings, which has no DoRA; dora=False is right"
+            )
+        found = pick_linears(model, self.targets, self.exclude, self.layers, needed=not tables)
+        for path in found if self.init in STARTS else ():
+            linear = model.get_submodule(path)
+            rank, most = _for_path(self.ranks, path, self.rank), min(linear.weight.shape)
+            if rank > most:
+                raise ValueError(
+                    f"LoRA: rank is {rank}; {path} has no more than {most} for {self.init} to start at"
+                )
+        return tables + found
 
     def enter(self, model: nn.Module, name: str, key: str, plan: list[str], router) -> None:
         """Puts its deltas on the planned layers."""
         for path in plan:
             linear = model.get_submodule(path)
-            weight = format_of(linear).weight(linear)  # [N, K]
             rank, alpha = _for_path(self.ranks, path, self.rank), _for_path(self.alphas, path, self.alpha)
             settings = {
                 "scale": lora_scale("LoRA", rank, alpha, self.rslora),
@@ -83,18 +108,23 @@ class LoRA(Method):
                 "device": linear.weight.device,
                 "dtype": master_dtype(linear.weight.dtype),
             }
-            if self.dora:
-                delta = Directed(rank, weight, **settings)
-            else:
-                delta = LowRank(rank, *weight.shape[::-1], **settings)
-            add_delta(linear, router, name, key, delta)
+            add_delta(linear, router, name, key, self._delta(linear, rank, settings))
+
+    def _delta(self, linear: nn.Module, rank: int, settings: dict) -> LowRank:
+        if isinstance(linear, nn.Embedding):
+            return Lookup(rank, *linear.weight.shape, **settings)
+        weight = format_of(linear).weight(linear)  # [N, K]
+        if self.dora:
+            return Directed(rank, weight, **settings)
+        if self.init in STARTS:
+            return Shifted(*factors(self.init, weight, rank, settings["scale"]), **settings)
+        return LowRank(rank, *weight.shape[::-1], **settings)
 
     def tensors(self, model: nn.Module, name: str, key: str) -> dict[str, Tensor]:
         """Its parameters under the names that the file gives them."""
         found = {}
         for path, delta in deltas_of(model, name, key):
-            found[f"base_model.model.{path}.lora_A.weight"] = delta.a
-            found[f"base_model.model.{path}.lora_B.weight"] = delta.b
+            found |= dict(zip(file_names(path, delta), (delta.a, delta.b), strict=True))
             if self.dora:
                 found[f"base_model.model.{path}.lora_magnitude_vector"] = delta.m
         return found
@@ -102,7 +132,7 @@ class LoRA(Method):
     def rates(self, model: nn.Module, name: str, key: str) -> dict[str, float]:
         """LoRA+'s factor, for every b."""
         names = self.tensors(model, name, key) if self.plus != 1 else ()
-        return {each: self.plus for each in names if each.endswith(".lora_B.weight")}
+        return {each: self.plus for each in names if each.endswith((".lora_B.weight", "_B"))}
 
     def config(self, model: nn.Module, name: str, key: str) -> dict:
         """PEFT's adapter_config.json."""
@@ -120,12 +150,19 @@ class LoRA(Method):
             "use_dora": self.dora,
             **({"lora_plus": self.plus} if self.plus != 1 else {}),
             "bias": "none",
-            "fan_in_fan_out": any(format_of(host).transposed(host) for host in hosts.values()),
+            "fan_in_fan_out": any(
+                form.transposed(host) for host in hosts.values() if (form := format_of(host))
+            ),
             "target_modules": sorted(hosts),
             "rank_pattern": _in_any_order(self.ranks or {}, hosts),
             "alpha_pattern": _in_any_order(alphas, hosts),
-            "init_lora_weights": True,
+            "init_lora_weights": True if self.init == "zero" else self.init,
         }
+
+    @staticmethod
+    def repeats(key: str) -> bool:
+        """PEFT writes the whole table beside a LoRA of it."""
+        return key.endswith(".base_layer.weight")
 
     @staticmethod
     def owns(key: str) -> bool:
@@ -150,6 +187,12 @@ class LoRA(Method):
                 f"load: the checkpoint has bias={config['bias']!r}; pefast's LoRA loads bias='none'"
             )
         paths = {_OWN.sub("", key).removeprefix("base_model.model.") for key in tensors if cls.owns(key)}
+        start = str(config.get("init_lora_weights")).lower()
+        if start.startswith(_MOVED):
+            raise ValueError(
+                f"load: the checkpoint counts from weights that {start} changed;"
+                " PEFT can write it as a plain LoRA"
+            )
         return cls(
             rank=config["r"],
             alpha=config.get("lora_alpha"),
@@ -157,10 +200,21 @@ class LoRA(Method):
             targets=sorted(paths),
             rslora=config.get("use_rslora", False),
             dora=config.get("use_dora", False),
+            init=next((known for known in STARTS if start.startswith(known)), "zero"),
             plus=config.get("lora_plus", 1.0),
             ranks=config.get("rank_pattern") or None,
             alphas=config.get("alpha_pattern") or None,
         )
+
+
+def file_names(path: str, delta: LowRank) -> tuple[str, str]:
+    """What PEFT calls a and b of a delta on the layer of this path."""
+    kind = (
+        ("lora_embedding_A", "lora_embedding_B")
+        if isinstance(delta, Lookup)
+        else ("lora_A.weight", "lora_B.weight")
+    )
+    return tuple(f"base_model.model.{path}.{name}" for name in kind)
 
 
 def _in_any_order(pattern: dict, paths) -> dict:

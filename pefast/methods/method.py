@@ -55,6 +55,11 @@ class Method:
         """
         return {}
 
+    @staticmethod
+    def repeats(key: str) -> bool:
+        """Whether a tensor of that name in a file is the base model's own, and needs no reading."""
+        return False
+
     def rates(self, model: nn.Module, name: str, key: str) -> dict[str, float]:
         """Factors on the learning rate of some parameters, by the names that `tensors` gives them."""
         return {}

@@ -7,7 +7,7 @@ from torch import nn
 
 from pefast.architectures import base_modules, heads
 from pefast.formats import format_of
-from pefast.layers.hosts import DeltaHost
+from pefast.layers.hosts import DeltaHost, EmbeddingHost
 from pefast.layers.lowrank import LowRank
 
 
@@ -16,8 +16,10 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in base_modules(model) if format_of(module) is not None}
 
 
-def pick_linears(model: nn.Module, targets, exclude=(), layers: Sequence[int] | None = None) -> list[str]:
-    """Paths of the linear layers that `targets` means. Raises ValueError where none matches."""
+def pick_linears(
+    model: nn.Module, targets, exclude=(), layers: Sequence[int] | None = None, needed: bool = True
+) -> list[str]:
+    """Paths of the linear layers that `targets` means. Raises ValueError where none matches but is needed."""
     for each in (targets, exclude):
         if isinstance(each, str):
             check_expression("attach", each)
@@ -36,13 +38,27 @@ def pick_linears(model: nn.Module, targets, exclude=(), layers: Sequence[int] | 
             and _in_layers(path, layers)
         ):
             chosen.append(path)
-    if not chosen:
+    if needed and not chosen:
         names = list(everything)
         shown = targets if isinstance(targets, str) or len(targets) <= 3 else [*targets[:2], "..."]
         raise ValueError(
             f"attach: no linear layer matches {shown!r}; names look like {', '.join(_some(names))}"
         )
     return chosen
+
+
+def pick_embeddings(model: nn.Module, targets, exclude=()) -> list[str]:
+    """Paths of the tables of embeddings that `targets` names; "all-linear" means none."""
+    for each in (targets, exclude):
+        if isinstance(each, str):
+            check_expression("attach", each)
+    tables = [path for path, module in base_modules(model) if type(module).forward is nn.Embedding.forward]
+    hosts = [path for path, module in base_modules(model) if isinstance(module, EmbeddingHost)]
+    return [
+        path
+        for path in tables + hosts
+        if not _is_all(targets) and matches(path, targets) and not (exclude and matches(path, exclude))
+    ]
 
 
 def check_expression(who: str, text: str) -> None:

@@ -11,7 +11,8 @@ Papers: PET, Schick and Schütze 2021, arXiv:2001.07676 and, for several masks, 
 Zhao et al. 2021, arXiv:2102.09690.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -129,49 +130,46 @@ class Pet(nn.Module):
         labels: Tensor | None = None,  # [B]
     ) -> SequenceClassifierOutput:
         """Label logits [B, C], and their cross entropy where labels came."""
-        scores = self._scores(input_ids, attention_mask, answer_at) - self.prior  # [B, W]
-        hidden = scores[:, :, None].masked_fill(~self.label, -torch.inf)  # [B, W, C]
-        logits = hidden.logsumexp(1) - self.label.sum(0).log()
+        logits = self.by_label(self._scores(input_ids, attention_mask, answer_at))
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def by_label(self, scores: Tensor) -> Tensor:
+        """The words' log probabilities [B, W] as label logits [B, C], less the prior."""
+        hidden = (scores - self.prior)[:, :, None].masked_fill(~self.label, -torch.inf)  # [B, W, C]
+        return hidden.logsumexp(1) - self.label.sum(0).log()
 
     def logits(self, rows: Sequence[str | Sequence[str]]) -> Tensor:
         """Label logits [B, C] of a batch of texts, or of pairs of texts; differentiable."""
         batch = self.collate(self.encode(rows))
         return self(**{key: value.to(self.device) for key, value in batch.items()}).logits
 
-    @torch.no_grad()
     def predict(self, rows: Sequence[str | Sequence[str]], batch: int = 32) -> Tensor:
-        """Label logits [n, C] in the order of the rows; batches are made of rows of like length."""
+        """Label logits [n, C] in the order of the rows, without gradients."""
+        return self.by_label(self.score(rows, batch))
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[str | Sequence[str]], batch: int = 32) -> Tensor:
+        """The words' log probabilities [n, W]; batches are made of rows of like length."""
         encoded, was_training = self.encode(rows), self.training
         self.eval()
         order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index]["input_ids"]), index))
-        found = torch.zeros(len(encoded), len(self.verbalizer.labels))
+        found = torch.zeros(len(encoded), len(self.words), device=self.device)
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             fed = self.collate([encoded[index] for index in chosen])
-            fed = {key: value.to(self.device) for key, value in fed.items()}
-            found[chosen] = self(**fed).logits.float().cpu()
+            found[chosen] = self._scores(*(value.to(self.device) for value in fed.values()))
         self.train(was_training)
         return found
 
-    @torch.no_grad()
-    def calibrate(self, rows: Iterable[str | Sequence[str]] | None = None) -> Tensor:
+    def calibrate(self, rows: Sequence[str | Sequence[str]] | None = None) -> Tensor:
         """Takes the words' mean probability over `rows` as their prior [W] and returns its logarithm.
 
         None takes texts that say nothing; rows without labels do as well.
         """
         if rows is None:
             rows = [each if len(self.template.texts) == 1 else (each, each) for each in NOTHING]
-        encoded, was_training = self.encode(list(rows)), self.training
-        self.eval()
-        scores = []
-        for start in range(0, len(encoded), 32):
-            fed = self.collate(encoded[start : start + 32])
-            scores.append(self._scores(*(value.to(self.device) for value in fed.values())))
-        self.train(was_training)
-        scores = torch.cat(scores)
-        self.prior = scores.logsumexp(0) - torch.tensor(float(len(scores))).log()
+        self.prior = self.score(rows).logsumexp(0) - math.log(len(rows))
         return self.prior
 
     def _scores(self, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:  # [B, W]

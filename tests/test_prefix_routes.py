@@ -7,6 +7,7 @@ import torch
 
 import pefast
 from pefast.architectures import backbone
+from pefast.layers import attention
 from pefast.model import parameters_of
 from tests.models import FAMILIES, assert_close, assert_refused, build, inputs, logits, step, stir, trained
 from tests.test_prefix import GREEDY, every_family, with_prefixes
@@ -49,8 +50,9 @@ def test_a_routed_batch_generates_what_each_row_would(family):
     model, fed = with_prefixes(family, one=2, two=5), inputs(family)
     fed = {key: fed[key].flip(1) for key in ("input_ids", "attention_mask")}
     names = ["two", "one", None]
-    for more in ({}, {"num_beams": 2}):
-        with pefast.route(model, names):
+    for beams in (1, 2) if family == "llama" else (1,):
+        more = {"num_beams": beams}
+        with pefast.route(model, [name for name in names for _ in range(beams)]):
             got = model.generate(**fed, **GREEDY, **more)
         for row, name in enumerate(names):
             pefast.activate(model, name)
@@ -132,5 +134,28 @@ def test_a_shared_prefix_is_saved_whole_and_shared_again(hidden, tmp_path):
 
 def test_a_route_of_another_length_than_the_batch():
     model = with_prefixes("llama", one=2)
+    three, four = inputs("llama", rows=3), inputs("llama", rows=4)
     with pefast.route(model, ["one", None]):
-        assert_refused(lambda: logits(model, **inputs("llama")), "route: 2 names", "3 rows")
+        assert_refused(lambda: logits(model, **three), "route names 2 rows", "has 3")
+        assert_refused(lambda: logits(model, **four), "route names 2 rows", "has 4")
+
+
+def test_a_routed_batch_whose_prefixes_are_as_long_needs_no_copy_of_the_keys(monkeypatch):
+    model, fed, seen = with_prefixes("llama", one=3, two=3, three=2), inputs("llama"), []
+
+    def spy(query, key, value, *rest, **options):
+        seen.append((key.shape[2], rest and rest[0] is not None))
+        return real(query, key, value, *rest, **options)
+
+    real = attention.prefix_attention
+    monkeypatch.setattr(attention, "prefix_attention", spy)
+    for names in (["one", "two", "one"], ["one", "two", "three"], ["one", None, "two"]):
+        with pefast.route(model, names):
+            got = logits(model, **fed)
+        for row, name in enumerate(names):
+            pefast.activate(model, name)
+            alone = logits(model, **{key: value[row : row + 1] for key, value in fed.items()})
+            assert_close(got[row : row + 1], alone)
+        if names[-1] == "one":
+            assert seen[:2] == [(9, True)] * 2
+        seen.clear()

@@ -125,12 +125,14 @@ class PrefixHost:
         return found
 
     def rows(self, batch: int) -> Tensor:  # [batch]
-        """The route of each row; the beams of a row stand side by side and share its adapter."""
+        """The route of each row. Raises ValueError where they are not as many as the batch has."""
         rows = self.router.rows
-        if batch % rows.shape[0]:
-            names = f"{rows.shape[0]} names came for a batch of {batch} rows"
-            raise ValueError(f"route: {names}; one for each row would be right")
-        return rows if batch == rows.shape[0] else rows.repeat_interleave(batch // rows.shape[0])
+        if len(rows) != batch:
+            raise ValueError(
+                f"Prefix: route names {len(rows)} rows and the batch has {batch}; a name for each row, or"
+                " each beam, would be right"
+            )
+        return rows
 
     def longest(self) -> int:
         """P: how many keys stand before those of the sequence."""
@@ -142,9 +144,9 @@ class PrefixHost:
         turns = self.turns()
         if not turns or self.router.rows is None:
             return sum(tokens.tokens for tokens, _ in turns)
-        return self._per_row(turns, self.rows(batch))[1][:, None]
+        return self.per_row(turns, self.rows(batch))[1][:, None]
 
-    def _per_row(self, turns, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def per_row(self, turns, rows: Tensor) -> tuple[Tensor, Tensor]:
         """For each row which of turns it takes, len(turns) for none, and the length of its prefix."""
         where = {index: i for i, (_, index) in enumerate(turns)}
         none = len(turns)
@@ -167,7 +169,8 @@ class PrefixSlot:
         turns = [turn for turn in self.host.turns() if self.path in turn[0].sizes.pairs]
         if not turns:
             return None
-        parts = [tokens.of(self.path) for tokens, _ in turns]  # [2, G, V, D] each
+        # a model may be spread over devices
+        parts = [tokens.of(self.path).to(key.device) for tokens, _ in turns]  # [2, G, V, D] each
         if self.host.router.rows is None:
             both = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
             return Ahead(both[0], both[1], None)
@@ -175,9 +178,13 @@ class PrefixSlot:
         # shorter prefixes stand at the right, so that each ends where its row begins
         parts = [F.pad(part, (0, 0, p - part.shape[2], 0)) for part in parts]
         table = torch.stack([*parts, torch.zeros_like(parts[0])])  # [n+1, 2, G, P, D]
-        chosen, lengths = self.host._per_row(turns, self.host.rows(key.shape[0]))
+        chosen, lengths = self.host.per_row(turns, self.host.rows(key.shape[0]).to(key.device))
         # a lookup: every row's gradient comes to its own prefix alone, added in the order of the rows
         both = F.embedding(chosen, table.flatten(1)).view(-1, *table.shape[1:])
+        sees_all = {index: tokens.tokens == p for tokens, index in turns}
+        # one compiled graph is for every route, and asks nothing of its names
+        if not torch.compiler.is_compiling() and all(sees_all.get(i) for i in self.host.router.ids):
+            return Ahead(both[:, 0], both[:, 1], None)
         see = torch.arange(p, device=lengths.device) >= p - lengths[:, None]
         return Ahead(both[:, 0], both[:, 1], see[:, None, None])
 

@@ -1,0 +1,141 @@
+"""delta_linear by csrc/cpu/delta_linear_thin*: PyTorch's product, and everything of the LoRA in one pass beside it.
+
+For CPUs without AMX, fp32 and bf16. Formula: pefast/ops/delta_linear.py.
+"""
+
+import torch
+from torch import Tensor
+
+from pefast.native import WHY_NOT, C, rows_of, through_the_registry
+
+HERE = C is not None and C.thin_here()
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_MASTERS = (torch.float32, torch.bfloat16)
+# a waist as wide as this is no thin product: the library's is faster
+WIDE_WAIST = 64
+
+
+def why_not(call) -> str:
+    """Why csrc cannot run this call, or ""."""
+    if not HERE:
+        return WHY_NOT if C is None else f"needs AVX2, this process may use {C.isa()}"
+    x, w, bias, segments = call.x, call.w, call.bias, call.segments
+    if not (x.is_cpu and w.is_cpu):
+        return f"needs a CPU, x is on {x.device} and the weight on {w.device}"
+    if x.dtype not in _TYPES or w.dtype is not x.dtype:
+        return f"takes float32 and bfloat16, x is {_name(x.dtype)} and the weight {_name(w.dtype)}"
+    if len(segments) != 1:
+        return f"takes one segment, here are {len(segments)}"
+    if call.gain is not None:
+        return "has no output gain"
+    if not w.numel():
+        return f"takes no empty weight, w is {list(w.shape)}"
+    if (w.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
+        return "takes a frozen weight and bias, here one of them trains"
+    return _why_not_segment(segments[0])
+
+
+def _why_not_segment(s) -> str:
+    if s.h is not None:
+        return "computes the waist itself, here it is given"
+    if s.activation != "identity":
+        return f"has no activation, the segment's is {s.activation}"
+    if s.c is not None or s.d is not None:
+        return "has no trained biases inside a segment"
+    if s.adapter is not None:
+        return "has no adapter ids"
+    if s.a.dtype not in _MASTERS or s.b.dtype not in _MASTERS:
+        return f"takes a and b in float32 or bfloat16, they are {_name(s.a.dtype)} and {_name(s.b.dtype)}"
+    if not s.a.shape[0]:
+        return "takes a rank of 1 or more, it is 0"
+    return ""
+
+
+def why_slower(call) -> str:
+    """Why another hand is faster, or ""."""
+    r = call.segments[0].a.shape[0]
+    return f"a rank of {r} is no thin product, the library's is faster" if r >= WIDE_WAIST else ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def forward(call) -> tuple[Tensor, list[tuple[Tensor, None]]]:
+    """y [M, N] and [(h [M, R], None)], in x's dtype."""
+    s = call.segments[0]
+    run = torch.ops.pefast.delta_linear_thin if through_the_registry(call.x) else _forward
+    seed = call.seed if s.dropout else None
+    y, h = run(call.x, call.w, call.bias, s.a, s.b, s.scale, s.dropout, seed)
+    return y, [(h, None)]
+
+
+def backward(call, saved, dy: Tensor, needs):
+    """dx, None, None, None and [(da, db, None, None, None)]; None for what is not needed."""
+    s, (need_a, need_b, *_) = call.segments[0], needs.segments[0]
+    run = torch.ops.pefast.delta_linear_thin_backward if through_the_registry(dy) else _backward
+    asked, seed = (needs.x, need_a, need_b), call.seed if s.dropout else None
+    got = run(dy, call.x, call.w, s.a, s.b, saved[0][0], s.scale, s.dropout, seed, *asked)
+    dx, da, db = (t if need else None for t, need in zip(got, asked, strict=True))
+    return dx, None, None, None, [(da, db, None, None, None)]
+
+
+def _check_here() -> None:
+    if not HERE:
+        raise RuntimeError(f"delta_linear: the native kernel cannot run: {WHY_NOT or 'it needs AVX2'}")
+
+
+def _forward(x, w, bias, a, b, scale, p, seed):
+    _check_here()
+    (m, k), (n, r) = x.shape, b.shape
+    y = torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
+    x, a, b = rows_of(x), _fp32(a), _fp32(b)
+    h = x.new_empty((m, r))
+    waist = (a.data_ptr(), b.data_ptr(), r, scale, p, 0 if seed is None else seed.data_ptr())
+    ldx, threads = x.stride(0) if m > 1 else k, torch.get_num_threads()
+    C.thin_forward(x.data_ptr(), ldx, waist, y.data_ptr(), h.data_ptr(), (m, n, k), _TYPES[x.dtype], threads)
+    return y, h
+
+
+def _backward(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
+    _check_here()
+    (m, k), (n, r) = x.shape, b.shape
+    dx = torch.mm(dy, w) if need_x else dy.new_empty(0)
+    da = dy.new_empty((r, k) if need_a else 0, dtype=torch.float32)
+    db = dy.new_empty((n, r) if need_b else 0, dtype=torch.float32)
+    dy, x, h, wide_a, wide_b = rows_of(dy), rows_of(x), h.contiguous(), _fp32(a), _fp32(b)
+    waist = (wide_a.data_ptr(), wide_b.data_ptr(), r, scale, p, 0 if seed is None else seed.data_ptr())
+    ldx, lddy = (x.stride(0), dy.stride(0)) if m > 1 else (k, n)
+    given = (x.data_ptr(), ldx, dy.data_ptr(), lddy, h.data_ptr(), waist)
+    results = (dx.data_ptr(), da.data_ptr(), db.data_ptr())
+    C.thin_backward(*given, results, (m, n, k), _TYPES[x.dtype], torch.get_num_threads())
+    return dx, da.to(a.dtype), db.to(b.dtype)
+
+
+def _fp32(t: Tensor) -> Tensor:
+    return t.to(torch.float32).contiguous()
+
+
+_LIBRARY = torch.library.Library("pefast", "FRAGMENT")
+_LIBRARY.define(
+    "delta_linear_thin(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, float scale, float p,"
+    " Tensor? seed) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "delta_linear_thin_backward(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor h, float scale,"
+    " float p, Tensor? seed, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("delta_linear_thin", _forward, "CPU")
+_LIBRARY.impl("delta_linear_thin_backward", _backward, "CPU")
+
+
+@torch.library.register_fake("pefast::delta_linear_thin", lib=_LIBRARY)
+def _(x, w, bias, a, b, scale, p, seed):
+    return x.new_empty((x.shape[0], w.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
+
+
+@torch.library.register_fake("pefast::delta_linear_thin_backward", lib=_LIBRARY)
+def _(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
+    dx = dy.new_empty((x.shape[0], x.shape[1]) if need_x else 0)
+    da = a.new_empty((a.shape[0], a.shape[1]) if need_a else 0)
+    return dx, da, b.new_empty((b.shape[0], b.shape[1]) if need_b else 0)

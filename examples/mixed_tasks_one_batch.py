@@ -1,6 +1,6 @@
 """Three tasks on one frozen model, trained together and served together: every batch mixes their rows.
 
-python examples/mixed_tasks_one_batch.py            a few minutes on two cores
+python examples/mixed_tasks_one_batch.py             a few minutes on two cores
 python examples/mixed_tasks_one_batch.py --steps 20 a quick look
 
 Sentiment of film reviews, topics of BBC news and spam among text messages, each with an adapter of its own:
@@ -117,7 +117,7 @@ def serve(model: nn.Module, tokenizer) -> None:
 def main() -> None:
     """Trains, scores, serves, saves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=160)
     steps = parser.parse_args().steps
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -1,6 +1,6 @@
 """Three tasks on one frozen model, trained together and served together: every batch mixes their rows.
 
-python examples/mixed_tasks_one_batch.py             a few minutes on two cores
+python examples/mixed_tasks_one_batch.py            a few minutes on two cores
 python examples/mixed_tasks_one_batch.py --steps 20 a quick look
 
 Sentiment of film reviews, topics of BBC news and spam among text messages, each with an adapter of its own:

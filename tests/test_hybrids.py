@@ -87,6 +87,7 @@ def test_a_linear_with_many_methods_is_one_call(monkeypatch):
 def test_every_kind_of_method_stands_beside_a_lora():
     fed = inputs("bert")
     beside = {
+        "layers": pefast.Layers(last=1),
         "heads": pefast.Heads({0: [0]}),
         "subnetwork": pefast.Subnetwork(fraction=0.1),
         "importance": pefast.Importance(batches=[1], loss=probe, fraction=0.1),

@@ -233,3 +233,17 @@ def test_active_prompts_at_two_places_say_so():
     model = with_all("llama")
     pefast.activate(model, ["three", "one"])
     assert_refused(lambda: logits(model, **inputs("llama")), "Prompt: ", "one place for all")
+
+
+@pytest.mark.slow
+def test_a_static_cache_decodes_in_one_compiled_graph():
+    torch.compiler.reset()
+    model, fed = with_all("llama"), padded("llama", "left")
+    compiled = transformers.CompileConfig(backend="eager", fullgraph=True, mode=None)
+    # transformers compiles on GPUs only, unless it is told
+    compiled._compile_all_devices = True
+    with pefast.route(model, NAMES):
+        right = model.generate(**fed, **GREEDY)
+        got = model.generate(**fed, **GREEDY, cache_implementation="static", compile_config=compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert torch.equal(got, right)

@@ -93,6 +93,21 @@ def test_from_text_a_causal_model_starts_as_if_it_had_read_it(family):
 
 
 @every_family
+def test_from_the_vocabulary_it_starts_with_keys_and_values_of_the_model(family):
+    model = build(family)
+    before = snapshot(model)
+    drawn = [
+        backbone(pefast.attach(model, Prefix(tokens=6, init=init), init)).prefixes[init].embeddings.detach()
+        for init in ("vocabulary", "random")
+    ]
+    # as wide as the model's own, and another word for each token
+    widths = [values.view(6, -1, 2, 8).std((0, 1, 3)) for values in drawn]
+    assert (widths[0] < widths[1] / 2).all() or family == "t5"
+    assert all(not torch.equal(*drawn[0][[i, i + 1]]) for i in range(5))
+    assert_as_it_was(pefast.detach(model), before)
+
+
+@every_family
 @pytest.mark.parametrize("was", ["sdpa", "eager"])
 def test_attention_is_borrowed_while_a_prefix_is_active(family, was):
     model, fed = build(family), inputs(family)
@@ -198,6 +213,11 @@ REFUSED = {
     "a network of size -1": ("llama", Prefix(reparameterize=-1), ["reparameterize is -1"]),
     "positions": ("llama", Prefix(positions="moved"), ["'moved'", "shifted", "none"]),
     "start": ("llama", Prefix(init="zero"), ["init is 'zero'", "random", "text"]),
+    "words and a network": (
+        "llama",
+        Prefix(init="vocabulary", reparameterize=True),
+        ["'vocabulary'", "network"],
+    ),
     "text that is none": ("llama", Prefix(init="text"), ["no text"]),
     "text and a network": ("llama", Prefix(init="text", text="5", reparameterize=4), ["network"]),
     "kind of attention": ("t5", Prefix(attentions="self"), ["'self'", "encoder, decoder, cross"]),

@@ -53,9 +53,9 @@ class Prefix(Method):
                     upper half of an even number shares with the lower
     positions       "shifted", as PEFT: the sequence stands V positions further on; "none": the prefix has no
                     position, and inputs may be as long as without it
-    init            "random": normal, as PEFT; "text": the keys and values of `text`, repeated or cut to the
-                    number of tokens, in the frozen model, which, where it is causal, starts as if it had
-                    read the text
+    init            "random": normal, as PEFT; "vocabulary": the keys and values of words drawn from the
+                    vocabulary, in the frozen model; "text": those of `text`, repeated or cut to the number
+                    of tokens: a causal model starts as if it had read the text
     tokenizer       a tokenizer, or None: the one of the model's own folder
     share           the name of another adapter of the model: one prefix for both, trained by the rows of
                     either, in memory once. Its tokens, attentions and network are then those of the other;
@@ -91,13 +91,16 @@ class Prefix(Method):
             )
         if self.positions not in ("shifted", "none"):
             raise ValueError(f"Prefix: positions is {self.positions!r}; shifted or none would be right")
-        if self.init not in ("random", "text"):
-            raise ValueError(f"Prefix: init is {self.init!r}; random or text would be right")
-        if self.init == "text" and (not self.text or self.reparameterize):
-            came = "a network would make it" if self.reparameterize else "no text came"
+        if self.init not in ("random", "vocabulary", "text"):
+            raise ValueError(f"Prefix: init is {self.init!r}; random, vocabulary or text would be right")
+        if self.init == "text" and not self.text:
             raise ValueError(
-                f"Prefix: init is 'text' and {came}; text='classify this review' and reparameterize=False"
-                " would be right"
+                "Prefix: init is 'text' and no text came; text='classify this review' would be right"
+            )
+        if self.init != "random" and self.reparameterize:
+            raise ValueError(
+                f"Prefix: init is {self.init!r} and a network makes the prefix; random, or"
+                " no network, would be right"
             )
         if self.attentions is not None and (
             not self._kinds() or not all(kind in KINDS for kind in self._kinds())
@@ -178,8 +181,12 @@ class Prefix(Method):
             hidden = wide if self.reparameterize is True else int(self.reparameterize)
             place = {"device": weight.device, "dtype": master_dtype(weight.dtype)}
             tokens = PrefixTokens(self.tokens, plan.sizes, hidden, **place)
-            if plan.ids is not None:
-                tokens.start_from(read_text(model, plan.body, list(plan.sizes.pairs), plan.ids, router))
+            ids = plan.ids
+            if self.init == "vocabulary":
+                words = plan.body.get_input_embeddings().num_embeddings
+                ids = torch.randint(words, (1, self.tokens), device=weight.device)
+            if ids is not None:
+                tokens.start_from(read_text(model, plan.body, list(plan.sizes.pairs), ids, router))
         add_prefix(model, plan.body, host, name, tokens)
 
     def leave(self, model: nn.Module, name: str, key: str) -> None:

@@ -1,13 +1,18 @@
-"""One linear layer of which 1 % trains, forward and backward, one thread; the frozen layer is the unit.
+"""1 % of each linear layer trains, one thread; the unit is the frozen layer, or the frozen model's step.
 
     python -m pytest benchmarks/bench_partial_linear.py
 
-Rivals: the whole weight trained, and its gradient masked, as one does without an operation for it.
+Rivals: the whole weight trained, and its gradient masked, as one does without an operation for it; for a
+model, full fine-tuning.
 """
+
+import copy
 
 import pytest
 import torch
 
+import pefast
+from benchmarks.bench_model import frozen, gpt2, llama, minilm, trained
 from benchmarks.shapes import LAYERS, ROWS
 from pefast.ops import Index, partial_linear
 from pefast.ops.partial_linear import OP, Call, mask, take
@@ -59,3 +64,18 @@ def test_partial_linear(benchmark, in_turn, kind, layer, rows, dtype):
             )
     in_turn(f"{kind}, {layer}, {rows}, {str(dtype).removeprefix('torch.')}", calls)
     benchmark(calls[OP.pick(Call(x, w, None, ((values, index),)))])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("make", [minilm, llama, gpt2], ids=lambda make: make.__name__)
+def test_training_step(benchmark, in_turn, make, dtype):
+    torch.manual_seed(0)
+    base, batch = make()
+    base = base.to(dtype).train()
+    calls = {"frozen": frozen(copy.deepcopy(base), batch)}
+    for unit in ("row", "column", "tile", "element"):
+        method = pefast.Subnetwork(fraction=SHARE, unit=unit)
+        calls[f"1 % {unit}s"] = trained(pefast.attach(copy.deepcopy(base), method), batch)
+    calls["full"] = trained(copy.deepcopy(base), batch)
+    in_turn(f"training step, {make.__doc__} {str(dtype).removeprefix('torch.')}", calls, rounds=7)
+    benchmark.pedantic(calls["1 % rows"], rounds=3)

@@ -18,8 +18,8 @@ def refuse(call) -> str:
     return ""
 
 
-def forward(call) -> Tensor:  # [M, N]
-    """y = x w'ᵀ + bias."""
+def forward(call) -> tuple[Tensor, tuple]:
+    """y = x w'ᵀ + bias [M, N], and nothing that backward would need besides."""
     x, w, dtype = call.x, call.w, call.x.dtype
     bias = None if call.bias is None else call.bias.to(dtype)
     kind = _beside(call)
@@ -31,10 +31,10 @@ def forward(call) -> Tensor:  # [M, N]
             y.index_copy_(1, at, own)
         else:
             y.addmm_(x[:, at], (v - w[:, at]).t())
-    return y
+    return y, ()
 
 
-def backward(call, dy: Tensor, needs):
+def backward(call, saved: tuple, dy: Tensor, needs):
     """dx, dw, dbias and dvalues of each part; None for what is not needed."""
     dx = _dx(call, dy) if needs.x else None
     dbias = dy.sum(0).to(call.bias.dtype) if needs.bias else None

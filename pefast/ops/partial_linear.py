@@ -22,6 +22,7 @@ from torch import Tensor
 from pefast.dispatch import Operation
 from pefast.eager import partial_linear as eager
 from pefast.eager.partial_linear import tile_places, tiled
+from pefast.native import partial_linear as native_hand
 
 KINDS = ("rows", "columns", "tiles", "elements")
 
@@ -136,7 +137,7 @@ def partial_linear(
     tensors = [x, w, bias, *(v for v, _ in parts)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _PartialLinear.apply(call, hand, *tensors)
-    y = OP.hands[hand].forward(call)
+    y, _ = OP.hands[hand].forward(call)
     return y if flat else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -148,8 +149,9 @@ class _PartialLinear(torch.autograd.Function):
         # call holds the same tensors, x flattened; they stand in the list as well so that autograd sees them
         ctx.hand, ctx.shape = hand, x.shape
         ctx.kinds = [(index.kind, index.tile) for _, index in call.parts]
-        ctx.save_for_backward(x, w, bias, *values, *(index.at for _, index in call.parts))
-        y = OP.hands[hand].forward(call)
+        y, saved = OP.hands[hand].forward(call)
+        at = [index.at for _, index in call.parts]
+        ctx.save_for_backward(x, w, bias, *values, *at, *saved)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -158,13 +160,16 @@ class _PartialLinear(torch.autograd.Function):
             raise RuntimeError("partial_linear: has no second derivative; create_graph=False would be right")
         x, w, bias, *rest = ctx.saved_tensors
         count = len(ctx.kinds)
-        indices = [Index(kind, at, tile) for (kind, tile), at in zip(ctx.kinds, rest[count:], strict=True)]
+        each = zip(ctx.kinds, rest[count : 2 * count], strict=True)
+        indices = [Index(kind, at, tile) for (kind, tile), at in each]
         flat = len(ctx.shape) == 2
         if not flat:
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         call = Call(x, w, bias, list(zip(rest[:count], indices, strict=True)))
         need = ctx.needs_input_grad
-        dx, dw, dbias, dvalues = OP.hands[ctx.hand].backward(call, dy, Needs(*need[2:5], need[5:]))
+        dx, dw, dbias, dvalues = OP.hands[ctx.hand].backward(
+            call, rest[2 * count :], dy, Needs(*need[2:5], need[5:])
+        )
         if dx is not None and not flat:
             dx = dx.view(ctx.shape)
         return None, None, dx, dw, dbias, *dvalues
@@ -197,4 +202,4 @@ def _check(x: Tensor, w: Tensor, parts) -> None:
             )
 
 
-OP = Operation("partial_linear", {"eager": eager})
+OP = Operation("partial_linear", {"native": native_hand, "eager": eager})

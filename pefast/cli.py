@@ -49,6 +49,7 @@ def train(
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if left out.")] = None,
     output: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint there.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The recipe's own short form: minutes.")] = False,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as data.train_rows=500."),
@@ -62,7 +63,7 @@ def train(
         laid_over = {f"training.{key}": value for key, value in flags.items() if value is not None}
         laid_over |= {"output": str(output)} if output else {}
         laid_over |= dict(recipes.change(text) for text in changes or [])
-        wanted = recipes.read(recipe, laid_over)
+        wanted = recipes.read(recipe, laid_over, quick)
         if not wanted.methods:
             raise ValueError("recipe.methods: none came, so there would be no adapter to save")
 
@@ -156,6 +157,63 @@ def explain(
 
 
 @app.command()
+def select(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; its importance method says what is scored.")],
+    shares: Annotated[str | None, typer.Option(help="Shares of the parameters: 0.001,0.01,0.1")] = None,
+    thresholds: Annotated[str | None, typer.Option(help="Instead: thresholds on the score.")] = None,
+    folds: Annotated[int, typer.Option(help="Parts that the training rows are split into.")] = 3,
+    batches: Annotated[int, typer.Option(help="Batches that the units are scored on.")] = 16,
+    quick: Annotated[bool, typer.Option("--quick", help="The recipe's own short form: minutes.")] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as data.train_rows=500."),
+    ] = None,
+) -> None:
+    """Choose by cross-validation how important a part must be to train, and print the curve."""
+    with _in_words():
+        from . import recipe as recipes
+
+        wanted = recipes.read(recipe, dict(recipes.change(text) for text in changes or []), quick)
+        if shares is not None and thresholds is not None:
+            raise ValueError("select: shares and thresholds came; one of them would be right")
+        by = "share" if thresholds is None else "threshold"
+        lines = _numbers(shares if thresholds is None else thresholds, f"--{by}s")
+
+        from . import selection, training
+
+        lines = lines or selection.SHARES
+        selection.check_lines(lines, by)
+        run = training.prepare(wanted)
+        points = selection.curve(run, lines, by=by, count=folds, batches=batches, seen=console.print)
+        best = selection.best(points)
+        _curve(points, best, by, run.task.METRIC)
+        line = selection.scored(run, batches).threshold(best.line) if by == "share" else best.line
+        console.print(
+            f"on all training rows: methods: [{{method: importance, threshold: {line:.4g}}}]", markup=False
+        )
+
+
+def _numbers(text: str | None, flag: str) -> list[float]:
+    try:
+        return [float(word) for word in (text or "").split(",") if word.strip()]
+    except ValueError:
+        raise ValueError(f"{flag}: {text!r} came; numbers with commas between them are wanted") from None
+
+
+def _curve(points, best, by: str, metric: str) -> None:
+    """The curve as a table, with a bar for each mean."""
+    low, high = min(point.mean for point in points), max(point.mean for point in points)
+    table = Table(by, "threshold", "parameters", metric, "±", "", title="cross-validation")
+    for point in points:
+        count, line = len(point.values), sum(point.thresholds) / len(point.thresholds)
+        bar = "█" * (1 + round(23 * (point.mean - low) / ((high - low) or 1)))
+        numbers = (f"{point.line:g}", f"{line:.3g}", f"{sum(point.trained) // count:,}")
+        shown = (f"{point.mean:.3f}", f"{point.error:.3f}", bar)
+        table.add_row(*numbers, *shown, style="bold" if point is best else None)
+    console.print(table)
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has, what is missing, and what that costs."""
     from .doctor import look
@@ -164,6 +222,57 @@ def doctor() -> None:
     for row in look():
         table.add_row(*row)
     console.print(table)
+
+
+@app.command()
+def bench(
+    layer: Annotated[str, typer.Option(help="A layer of a known model, such as bert-base.up.")],
+    roofline: Annotated[bool, typer.Option("--roofline", help="Predict; nothing is measured.")] = False,
+    rank: Annotated[int, typer.Option(min=1, help="Of the waist.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Rows of x.")] = 8192,
+    dropout: Annotated[bool, typer.Option(help="With a mask on x.")] = True,
+    gpu: Annotated[str, typer.Option(help="Whose rates: H100, H200 or A100.")] = "H100",
+    tflops: Annotated[float | None, typer.Option(help="Another peak, 10^12 a second.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Another bandwidth, 10^12 bytes a second.")] = None,
+) -> None:
+    """Say what a LoRA layer computes and moves by each road, and the time predicted for a GPU."""
+    with _in_words():
+        if not roofline:
+            raise ValueError("bench: only --roofline came to the command line; `pytest benchmarks` measures")
+        _predict(layer, rank, tokens, dropout, gpu, tflops, bandwidth)
+
+
+def _predict(layer, rank, tokens, dropout, gpu, tflops, bandwidth) -> None:
+    from . import roofline
+    from .kernels.forms import RATES, Shape
+
+    if gpu not in RATES:
+        raise ValueError(f"bench: no rates for {gpu!r}; there are {', '.join(RATES)}")
+    rates = RATES[gpu]
+    rates = rates._replace(
+        flops=tflops * 1e12 if tflops else rates.flops, bytes=bandwidth * 1e12 if bandwidth else rates.bytes
+    )
+    n, k = roofline.layer(layer)
+    shape = Shape(tokens, n, k, rank, dropout)
+    roads = roofline.roads(shape)
+    base = roads[0].read + roads[0].written
+    lines = [
+        (
+            road.name,
+            len(road.launches),
+            f"{road.flops / 1e9:,.0f}",
+            f"{road.read / 1e6:,.1f}",
+            f"{road.written / 1e6:,.1f}",
+            f"{(road.read + road.written) / base:.2f}",
+            f"{1e6 * road.seconds(rates):,.0f}",
+        )
+        for road in roads
+    ]
+    columns = ("forward + backward", "launches", "GFLOP", "MB read", "MB written", "of the frozen", "µs")
+    title = f"predicted, not measured: {layer} M={tokens} N={n} K={k} R={rank} on {gpu}"
+    _table(title, columns, lines)
+    for line in roofline.losses(shape, rates):
+        console.print(line, soft_wrap=True)
 
 
 def _table(title: str, columns: tuple[str, ...], lines: list[tuple]) -> None:

@@ -24,10 +24,11 @@ class Source:
     )
     valid_source: str | None = None  # rows that choose between epochs and settings; otherwise valid_rows
     columns: dict | None = None  # the column of a role, where it is not the task's own: {text: review}
+    derive: str | None = None  # questions or typed-pairs, made from rows with named entities
     where: dict | None = None  # only rows whose columns have these values
     names: dict | None = None  # the name to show for each label
     train_rows: int | None = None  # at most so many
-    test_rows: int = 1000
+    test_rows: int | None = None  # held out: 1000 of the source, or all of test_source
     valid_rows: int = 0
     seed: int = 0  # of the split, apart from the training's seed so that runs stay comparable
 
@@ -70,10 +71,12 @@ class Recipe:
     task: str = "text-classification"
     methods: list[dict] = field(default_factory=list)  # each: method, and that method's settings
     training: Training = field(default_factory=Training)
+    quick: dict = field(default_factory=dict)  # dotted keys that a short run lays over the others
 
 
-def read(path: str | Path, changes: dict[str, object] | None = None) -> Recipe:
-    """The recipe of a YAML file with `changes` (dotted keys, such as "training.lr") laid over it.
+def read(path: str | Path, changes: dict[str, object] | None = None, quick: bool = False) -> Recipe:
+    """The recipe of a YAML file with `changes` (dotted keys, such as "training.lr") laid over it, after what
+    the recipe itself lays over for a `quick` run.
 
     Raises FileNotFoundError, or ValueError in one sentence for YAML that does not parse, an unknown key, a
     missing key or a value of the wrong kind.
@@ -91,7 +94,8 @@ def read(path: str | Path, changes: dict[str, object] | None = None) -> Recipe:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"recipe: {path} holds no keys; known keys are {_keys(Recipe)}")
-    for dotted, value in (changes or {}).items():
+    short = content.pop("quick", None) or {}
+    for dotted, value in {**(short if quick else {}), **(changes or {})}.items():
         _change(content, dotted, value)
     recipe = _build(Recipe, content, "recipe")
     _check(recipe)
@@ -200,6 +204,13 @@ def _check(recipe: Recipe) -> None:
     wrong = [entry for entry in recipe.methods if not isinstance(entry, dict)]
     if wrong:
         raise ValueError(f"recipe.methods: {wrong[0]!r} came; each entry is `method: name` and its settings")
+    for method, options in (recipe.training.rates or {}).items():
+        if not isinstance(options, dict):
+            raise ValueError(
+                f"training.rates.{method}: {options!r} came; options such as {{lr: 1e-3}} are wanted"
+            )
+        for key, value in options.items():
+            options[key] = _value(float, value, f"training.rates.{method}.{key}")
     if recipe.training.dtype not in DTYPES:
         raise ValueError(f"training.dtype: {recipe.training.dtype!r} came; it is one of {', '.join(DTYPES)}")
     for name in ("epochs", "batch", "lr", "max_length", "accumulate", *_COUNTS):

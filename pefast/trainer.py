@@ -98,7 +98,7 @@ class AdapterTrainer(Trainer):
         self,
         *args,
         meter: Meter,
-        hits: Callable[[Tensor, Tensor], Tensor],
+        hits: Callable[[dict, dict], Tensor],
         judge: Callable[[nn.Module], dict[str, float]] | None = None,
         rates: dict[str, dict] | None = None,
         keep: int = 1,
@@ -121,7 +121,8 @@ class AdapterTrainer(Trainer):
         """The Trainer's own loss; in training its value and the share of hits go to the meter."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            self.meter.add(loss.detach(), self.hits(outputs["logits"].detach(), inputs["labels"]))
+            with torch.no_grad():
+                self.meter.add(loss.detach(), self.hits(outputs, inputs))
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset=None):

@@ -7,7 +7,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -64,11 +64,25 @@ def prepare(recipe: Recipe) -> Run:
 def attach(run: Run) -> None:
     """Puts the recipe's methods on the model; without any, everything trains."""
     methods = recipes.methods(run.recipe)
+    for method in methods:
+        if method.kind == "importance":
+            method.batches = batches(run)
     if methods:
         pefast.attach(run.model, methods)
     if run.recipe.training.gradient_checkpointing:
         run.model.gradient_checkpointing_enable()
     _accelerate(run, run.recipe.training.accelerate)
+
+
+def batches(run: Run, count: int = 16) -> Iterator[Mapping[str, Tensor]]:
+    """At most so many batches of the training rows, drawn by the training's seed."""
+    wanted = run.recipe.training
+    size = min(wanted.batch, len(run.train))
+    chosen = random.Random(wanted.seed).sample(run.train, min(count * size, len(run.train)))
+    collate = run.task.collator(run.tokenizer, run.model)
+    for start in range(0, len(chosen), size):
+        some = run.task.encode(chosen[start : start + size], run.tokenizer, run.names, wanted.max_length)
+        yield collate(list(some)).to(run.model.device)
 
 
 def restore(folder: str | Path, with_rows: bool = True) -> Run:
@@ -280,7 +294,7 @@ def read_rows(recipe: Recipe, source: str | Path) -> list[Row]:
             f"data.columns: {recipe.task} has no {unknown[0]!r}; its roles are {', '.join(task.ROLES)}"
         )
     columns = {role: column for role, column in (task.ROLES | given).items() if column is not None}
-    return rows.read(carried.resolve(str(source)), columns, recipe.data.where)
+    return rows.read(carried.resolve(str(source)), columns, recipe.data.where, recipe.data.derive)
 
 
 def _rows(recipe: Recipe, task: ModuleType) -> tuple[list[Row], list[Row], list[Row]]:
@@ -288,9 +302,9 @@ def _rows(recipe: Recipe, task: ModuleType) -> tuple[list[Row], list[Row], list[
     data = recipe.data
     train, valid = read_rows(recipe, data.source), []
     if data.test_source is None:
-        train, test = rows.split(train, data.test_rows, data.seed)
+        train, test = rows.split(train, 1000 if data.test_rows is None else data.test_rows, data.seed)
     else:
-        test = read_rows(recipe, data.test_source)
+        test = read_rows(recipe, data.test_source)[: data.test_rows]
         train = rows.without(train, test)
         random.Random(data.seed).shuffle(train)
     if data.valid_source is not None:

@@ -29,7 +29,7 @@ def tokenizer():
 
 
 def write(path, text):
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
@@ -47,7 +47,9 @@ def test_jsonl_rows_with_other_column_names(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("x.txt", "a", "read from .csv and .jsonl files"),
+        ("x.xml", "a", "rows are read from .csv, .jsonl"),
+        ("x.txt", "EU B-ORG\nrejects\n", "line 2 has 1 columns; a word and 1 more are wanted"),
+        ("x.csv", b"text,label\n\xff,0\n", "is not UTF-8"),
         ("x.csv", "text,kind\na,b\n", "row 1 has no 'label'; its columns are text, kind"),
         ("x.csv", "text,label\n", "no row is left"),
         ("x.jsonl", '{"text": "a"', "line 1 is no JSON"),
@@ -189,7 +191,7 @@ def test_metrics_against_numbers_worked_by_hand():
     logits = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])
     got = text_classification.metrics(logits, [row_of("", label) for label in "0111"], NAMES)
     assert got == pytest.approx({"accuracy": 0.5, "macro_f1": 0.5})
-    assert text_classification.hits(logits, torch.tensor([0, 1, 1, 1])).item() == 0.5
+    assert text_classification.hits({"logits": logits}, {"labels": torch.tensor([0, 1, 1, 1])}).item() == 0.5
 
 
 RECIPE = 'model: m\noutput: out\ndata: {source: x.csv, names: {0: bad, 1: "yes"}}\n'

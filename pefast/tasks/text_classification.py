@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from .batches import answers, rows_of
 from .rows import Row
 
 ROLES = {"text": "text", "pair": None, "label": "label"}
@@ -56,11 +57,9 @@ def encode(
 ) -> list[dict]:
     """Token ids of each row, cut at `max_length` and not padded, with the label's number."""
     numbers = _numbers(rows, names)
-    encoded = _tokens(rows, tokenizer, max_length)
-    columns = {key: encoded[key] for key in encoded}
     return [
-        {key: column[index] for key, column in columns.items()} | {"labels": number}
-        for index, number in enumerate(numbers)
+        row | {"labels": number}
+        for row, number in zip(_tokens(rows, tokenizer, max_length), numbers, strict=True)
     ]
 
 
@@ -74,9 +73,9 @@ def _numbers(rows: Sequence[Row], names: dict[str, str]) -> list[int]:
     return [number[str(row["label"])] for row in rows]
 
 
-def _tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int):
+def _tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
     texts = [[str(row[role]) for row in rows] for role in ("text", "pair") if rows and role in rows[0]]
-    return tokenizer(*(texts or [[]]), truncation=True, max_length=max_length)
+    return rows_of(tokenizer(*texts, truncation=True, max_length=max_length)) if texts else []
 
 
 def collator(
@@ -86,24 +85,23 @@ def collator(
     return DataCollatorWithPadding(tokenizer)
 
 
-def hits(logits: Tensor, labels: Tensor) -> Tensor:
+def hits(outputs, batch) -> Tensor:
     """The share of right answers in a batch, as a tensor, so that nothing waits for it."""
-    return (logits.argmax(-1) == labels).float().mean()
+    return (outputs["logits"].argmax(-1) == batch["labels"]).float().mean()
 
 
-def metrics(answers: Tensor, rows: Sequence[Row], names: dict[str, str]) -> dict[str, float]:
+def metrics(logits: Tensor, rows: Sequence[Row], names: dict[str, str]) -> dict[str, float]:
     """accuracy and macro F1 of logits [n, C] against the rows' labels."""
     # scikit-learn belongs to the [train] extra and takes a second to load: only scoring needs it
     from sklearn.metrics import accuracy_score, f1_score
 
-    labels, guessed = np.array(_numbers(rows, names)), answers.argmax(-1).numpy()
+    labels, guessed = np.array(_numbers(rows, names)), logits.argmax(-1).numpy()
     return {
         "accuracy": float(accuracy_score(labels, guessed)),
         "macro_f1": float(f1_score(labels, guessed, average="macro")),
     }
 
 
-@torch.no_grad()
 def predict(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -112,26 +110,20 @@ def predict(
     batch: int = 64,
 ) -> Tensor:
     """Logits [n, C] in the order of the rows; batches are made of rows of like length."""
-    was_training = model.training
-    model.eval()
-    encoded = _tokens(rows, tokenizer, max_length)
-    columns = {key: encoded[key] for key in encoded if key != "attention_mask"}
-    order = sorted(range(len(rows)), key=lambda index: (len(columns["input_ids"][index]), index))
-    logits = [None] * len(rows)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        wanted = {key: [column[index] for index in chosen] for key, column in columns.items()}
-        inputs = tokenizer.pad(wanted, return_tensors="pt").to(model.device)
-        for index, row in zip(chosen, model(**inputs).logits.float().cpu(), strict=True):
-            logits[index] = row
-    model.train(was_training)
-    return torch.stack(logits) if logits else torch.empty(0, model.config.num_labels)
+    found = answers(
+        model,
+        tokenizer,
+        _tokens(rows, tokenizer, max_length),
+        lambda output, place, length: output.logits[place].float().cpu(),
+        batch,
+    )
+    return torch.stack(found) if found else torch.empty(0, model.config.num_labels)
 
 
-def say(answers: Tensor, names: dict[str, str]) -> list[dict[str, object]]:
+def say(logits: Tensor, names: dict[str, str]) -> list[dict[str, object]]:
     """The most likely label's name for each row, and its probability."""
     shown = list(names.values())
-    shares, chosen = answers.softmax(-1).max(-1)
+    shares, chosen = logits.softmax(-1).max(-1)
     return [
         {"label": shown[index], "probability": share}
         for index, share in zip(chosen.tolist(), shares.tolist(), strict=True)

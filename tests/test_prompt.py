@@ -97,13 +97,16 @@ def test_a_prompt_that_no_row_takes_gets_zero():
 def test_rows_with_their_own_prompts_generate(family, cache):
     model, fed = with_all(family), padded(family, "left")
     fed.pop("decoder_input_ids", None)
-    options = GREEDY | ({"cache_implementation": cache} if cache else {"use_cache": False})
+    options = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
+    more = {"cache_implementation": cache} if cache else {"use_cache": False}
     with pefast.route(model, NAMES):
-        got = model.generate(**fed, **options)
+        got = model.generate(**fed, **options, **more)
     for row, name in enumerate(NAMES):
         pefast.activate(model, name)
-        right = model.generate(**rows_of(fed, [row]), **GREEDY)
-        assert torch.equal(got[row : row + 1], right), name
+        right = model.generate(**rows_of(fed, [row]), **options)
+        assert torch.equal(got.sequences[row : row + 1], right.sequences), name
+        for one, other in zip(got.logits, right.logits, strict=True):
+            assert_close(one[row : row + 1], other)
 
 
 @pytest.mark.parametrize("name", list(SET))

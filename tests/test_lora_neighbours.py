@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import pefast
-from pefast.layers.gain import Directed
+from pefast.layers.gain import Directed, multiplied
 from pefast.model import parameters_of
 from tests.models import (
     assert_as_it_was,
@@ -262,3 +262,43 @@ def test_starts_and_tables_that_cannot_be():
         before = snapshot(model)
         assert_refused(lambda model=model, method=method: pefast.attach(model, method), "LoRA: ", part)
         assert_as_it_was(model, before)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 24), (3, 7, 24), (2, 150, 24), (0, 24)], ids=str)
+def test_factors_on_halves_are_rounded_once(shape, bias):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(shape, generator=generator).bfloat16().requires_grad_()
+    g = torch.rand(24, generator=generator).requires_grad_()
+    b = torch.randn(24, generator=generator).requires_grad_() if bias else None
+    got = multiplied(y, [(g, None)], None, b)
+    right = (y * g if b is None else y * g + b).bfloat16()
+    assert torch.equal(got, right)
+    dy, asked = torch.randn(shape, generator=generator).bfloat16(), [y, g] + ([b] if bias else [])
+    for one, other in zip(
+        torch.autograd.grad(got, asked, dy), torch.autograd.grad(right, asked, dy), strict=True
+    ):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-2 if one is not y else 0, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_all_of_them_compile_in_one_graph():
+    torch.compiler.reset()
+    methods = [
+        pefast.LoRA(rank=3, dora=True),
+        pefast.LoRA(rank=2, init="pissa"),
+        pefast.LoRA(rank=2, targets=["word_embeddings"]),
+        pefast.IA3(),
+        pefast.Adapter(size=3, parallel=False, reads="stream", norm="both"),
+        pefast.Adapter(size=2, modules=["attention"]),
+    ]
+    model, fed = stir(pefast.attach(build("bert"), methods)), inputs("bert")
+    loss, gradients = step(model, fed)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got = compiled(**fed).logits.float().square().mean()
+    assert_close(got.detach(), loss)
+    for found, right in zip(
+        torch.autograd.grad(got, list(trained(model).values())), gradients.values(), strict=True
+    ):
+        assert_close(found, right, 1e-4)

@@ -93,5 +93,46 @@ def multiplied(
             own = (rows == index).view(-1, *[1] * (y.dim() - 1))
             g = torch.where(own, g, torch.ones_like(g))  # [B, 1, N]
         total = g if total is None else total * g
+    halves = y.is_cpu and y.dtype in (torch.bfloat16, torch.float16) and total.dim() == 1
+    if halves and not torch.compiler.is_compiling():
+        return _Columns.apply(y, total, bias)
     product = y * total
     return (product if bias is None else product + bias).to(y.dtype)
+
+
+class _Columns(torch.autograd.Function):
+    """y ⊙ g + bias for halves on a CPU, some rows at a time: what is computed in fp32 stays in cache."""
+
+    ROWS = 128
+
+    @staticmethod
+    def forward(ctx, y, g, bias):
+        ctx.save_for_backward(y, g)
+        ctx.bias = None if bias is None else bias.dtype
+        out = torch.empty_like(y, memory_format=torch.contiguous_format)
+        wide = None if bias is None else bias.to(g.dtype)
+        for rows, into in zip(_flat(y).split(_Columns.ROWS), _flat(out).split(_Columns.ROWS), strict=True):
+            product = rows * g
+            into.copy_(product if wide is None else product.add_(wide))
+        return out
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, g = ctx.saved_tensors
+        needs_y, needs_g, needs_bias = ctx.needs_input_grad
+        du = torch.empty_like(dy, memory_format=torch.contiguous_format) if needs_y else None
+        dg = torch.zeros_like(g) if needs_g else None
+        # always the same order of rows, so the same bits
+        for start in range(0, y.numel() // len(g), _Columns.ROWS):
+            part = slice(start, start + _Columns.ROWS)
+            wide = _flat(dy)[part].to(g.dtype)
+            if needs_g:
+                dg += (wide * _flat(y)[part]).sum(0)
+            if needs_y:
+                _flat(du)[part] = wide.mul_(g)
+        dbias = _flat(dy).sum(0).to(ctx.bias) if needs_bias else None
+        return du, dg, dbias
+
+
+def _flat(y: Tensor) -> Tensor:  # [..., N] -> [M, N]
+    return y.reshape(-1, y.shape[-1])

@@ -1,215 +1,40 @@
-"""delta_linear in Triton, for one LoRA segment. Formula and names: pefast/ops/delta_linear.py.
+"""delta_linear in Triton: refusals, the choice of the form, launches. Formula: pefast/ops/delta_linear.py.
 
-Split at the waist, so that no tile of y computes it again:
+    forms.py                    whole, split or library: what each costs, and the choice
+    waist.py                    how segments lie side by side
+    tiles.py                    sizes of tiles
+    delta_linear_products.py    the kernels of h, y and dx
+    delta_linear_gradients.py   the kernels of dh, db, da and dg
 
-    _waist             h = x̂ aᵀ                    and dh = dy b
-    _product           y = s·h bᵀ + x wᵀ + bias    the sum starts from the waist's part and walks K once
-                       dx = mask ⊙ s·(dh a)/(1-p) + dy w
-    _gradient_parts    dhᵀ x̂ and hᵀ dy             each strip of rows leaves its part of the sum
-
-x̂ is made in registers from the seed and never stored. Parts are added in a fixed order and there are no
-atomics: same input, same bits. dy is read once for dh and once for db: on one common reading every 64 rows
-would leave a part of db, together R/16 times the size of dy.
-
-Shown without a GPU, with triton 3.6.0 and 3.7.1 (tests/ladder): values, gradients, bounds and races in the
-interpreter; machine code for sm_80 and sm_90 has tensor-core instructions and no spills. Shown once, by hand:
-the PTX that 3.7.1 makes for sm_80 and sm_90a, executed on a CPU, gives the same values and races nowhere in
-shared memory. Not yet run or timed on a GPU: the tiles are untuned. There, `pytest tests/ladder` runs them.
+Sums that several programs share are left in parts and added in a fixed order, never by atomics: same input,
+same bits. Not yet run or timed on a GPU: tests/ladder says what was shown without one, and runs there too.
 """
 
 import torch
 from torch import Tensor
 
-from . import tl, triton
-from .dropout import dropped, keep_tile, mask_numbers
+from . import delta_linear_gradients as gradients
+from . import delta_linear_products as products
+from . import forms, tiles, triton
 from .launch import INTERPRETED, checked, through_the_registry, why_not_here
-
-# the widest waist that fits beside a tile without spills
-MAX_RANK = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
-# above, a vendor's product is 2 to 5 % faster than Triton's: a model, not yet a measurement
-MAX_ROWS = 256
-
-
-@triton.jit(do_not_specialize=["M", "seed", "threshold"])
-def _waist(
-    x_ptr,  # [M, K]
-    a_ptr,  # [R, K]
-    h_ptr,  # [M, R]  contiguous
-    M,
-    K,
-    R,
-    stride_xm,
-    stride_xk,
-    stride_ar,
-    stride_ak,
-    threshold: tl.uint32,
-    keep_scale: tl.float32,
-    seed: tl.int64,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # a multiple of 128 where DROPOUT
-    BLOCK_R: tl.constexpr,
-):
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.arange(0, BLOCK_R)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_m = (offs_m < M)[:, None]
-    mask_r = (offs_r < R)[None, :]
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
-    a_ptrs = a_ptr + offs_r[None, :].to(tl.int64) * stride_ar + offs_k[:, None].to(tl.int64) * stride_ak
-
-    h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        mask_k = offs_k < K - k
-        x = tl.load(x_ptrs, mask_m & mask_k[None, :], other=0.0)
-        a_t = tl.load(a_ptrs, mask_k[:, None] & mask_r, other=0.0).to(x.dtype)
-        if DROPOUT:
-            keep = keep_tile(offs_m, k, threshold, seed, 0, BLOCK_M, BLOCK_K)
-            x = dropped(x, keep, keep_scale)
-        h = tl.dot(x, a_t, h, input_precision=PRECISION)
-        x_ptrs += BLOCK_K * stride_xk
-        a_ptrs += BLOCK_K * stride_ak
-
-    # rounded as PyTorch would when it stores it: backward reads the stored h
-    tl.store(h_ptr + offs_m[:, None] * R + offs_r[None, :], h.to(h_ptr.dtype.element_ty), mask_m & mask_r)
-
-
-@triton.jit(do_not_specialize=["M", "seed", "threshold"])
-def _product(
-    x_ptr,  # [M, K]
-    w_ptr,  # [N, K]
-    h_ptr,  # [M, R]  contiguous
-    b_ptr,  # [N, R]
-    bias_ptr,  # [N], or None
-    y_ptr,  # [M, N]  contiguous
-    M,
-    N,
-    K,
-    R,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_bn,
-    stride_br,
-    scale: tl.float32,
-    threshold: tl.uint32,
-    keep_scale: tl.float32,
-    seed: tl.int64,
-    DROPOUT: tl.constexpr,  # on the waist's part of y: the way back through x̂
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # a multiple of 128 where DROPOUT
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    # GROUP_M rows of tiles share their columns of w while those are in the cache
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    group = GROUP_M * tl.cdiv(N, BLOCK_N)
-    first_m = tl.program_id(0) // group * GROUP_M
-    rows = min(tiles_m - first_m, GROUP_M)
-    pid_m = first_m + tl.program_id(0) % group % rows
-    pid_n = tl.program_id(0) % group // rows
-
-    offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    offs_r = tl.arange(0, BLOCK_R)
-    mask_m = (offs_m < M)[:, None]
-    mask_n = (offs_n < N)[None, :]
-    mask_r = offs_r < R
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
-    w_ptrs = w_ptr + offs_n[None, :] * stride_wn + offs_k[:, None].to(tl.int64) * stride_wk
-
-    # the scale goes into the narrow factor: beside the sum it would need a second one, which spills
-    h = tl.load(h_ptr + offs_m[:, None] * R + offs_r[None, :], mask_m & mask_r[None, :], other=0.0)
-    b_ptrs = b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None].to(tl.int64) * stride_br
-    b_t = tl.load(b_ptrs, mask_r[:, None] & mask_n, other=0.0).to(h.dtype)
-    y = tl.dot((h.to(tl.float32) * scale).to(h.dtype), b_t, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-    if DROPOUT:
-        keep = keep_tile(offs_m, pid_n * BLOCK_N, threshold, seed, 0, BLOCK_M, BLOCK_N)
-        y = dropped(y, keep, keep_scale)
-
-    for k in range(0, K, BLOCK_K):
-        mask_k = offs_k < K - k
-        x = tl.load(x_ptrs, mask_m & mask_k[None, :], other=0.0)
-        w_t = tl.load(w_ptrs, mask_k[:, None] & mask_n, other=0.0)
-        y = tl.dot(x, w_t, y, input_precision=PRECISION)
-        x_ptrs += BLOCK_K * stride_xk
-        w_ptrs += BLOCK_K * stride_wk
-
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + offs_n, offs_n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask_m & mask_n)
-
-
-@triton.jit(do_not_specialize=["M", "rows", "seed", "threshold"])
-def _gradient_parts(
-    x_ptr,  # [M, K]
-    z_ptr,  # [M, R]  contiguous
-    parts_ptr,  # [strips, R, K]  contiguous, fp32
-    M,
-    K,
-    R,
-    rows,  # of x in a strip, a multiple of BLOCK_M
-    stride_xm,
-    stride_xk,
-    threshold: tl.uint32,
-    keep_scale: tl.float32,
-    seed: tl.int64,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # a multiple of 128 where DROPOUT
-    BLOCK_R: tl.constexpr,
-):
-    strip = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * BLOCK_K
-    offs_k = first.to(tl.int64) + tl.arange(0, BLOCK_K)
-    offs_r = tl.arange(0, BLOCK_R)
-    mask_k = (offs_k < K)[None, :]
-    mask_r = (offs_r < R)[:, None]
-
-    part = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for m in range(0, rows, BLOCK_M):
-        offs_m = strip * rows + m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
-        x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
-        x = tl.load(x_ptrs, mask_m[:, None] & mask_k, other=0.0)
-        if DROPOUT:
-            keep = keep_tile(offs_m, first, threshold, seed, 0, BLOCK_M, BLOCK_K)
-            x = dropped(x, keep, keep_scale)
-        z_t = tl.load(z_ptr + offs_m[None, :] * R + offs_r[:, None], mask_r & mask_m[None, :], other=0.0)
-        part = tl.dot(z_t, x, part, input_precision=PRECISION)
-
-    part_ptrs = parts_ptr + (strip * R + offs_r[:, None]) * K + offs_k[None, :]
-    tl.store(part_ptrs, part, mask_r & mask_k)
+from .waist import EVERY, Layout, Part, Places, arrange, down, fill, inner_bias, place, up
 
 
 def refuse(call) -> str:
     """Why these kernels cannot run this call, or ""."""
-    if why := why_not_here(call.x):
+    if why := why_not_here(call.x if call.x is not None else call.w):
         return why
-    if len(call.segments) != 1:
-        return f"takes one segment, {len(call.segments)} came"
-    if call.gain is not None:
-        return "has no output gain"
-    s = call.segments[0]
-    if s.a is None:
-        return "makes the waist itself, the segment brings one computed elsewhere"
-    if s.activation != "identity" or s.c is not None or s.d is not None:
-        return f"takes a plain LoRA, the segment has an activation ({s.activation}) or biases of its own"
-    if s.adapter is not None:
-        return "takes a segment for every row, this one belongs to one adapter's rows"
-    if s.a.shape[0] > (most := MAX_RANK[call.x.dtype]):
-        return f"rank {s.a.shape[0]} does not fit on chip, {most} is the most for {call.x.dtype}"
-    if s.dropout and call.seed is None:
-        return "needs a seed for its dropout"
-    for tensor in (call.w, call.bias, s.a, s.b):
-        if tensor is not None and tensor.device != call.x.device:
-            return f"needs every tensor on {call.x.device}, one is on {tensor.device}"
+    if not call.segments:
+        return "takes at least one segment, none came"
+    tensors = [call.w, call.bias, call.gain, call.ids]
+    for s in call.segments:
+        if s.dropout and call.seed is None:
+            return "needs a seed for its dropout"
+        tensors += s.a, s.b, s.c, s.d, s.h
+    device = call.w.device if call.x is None else call.x.device
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            return f"needs every tensor on {device}, one is on {tensor.device}"
     return ""
 
 
@@ -217,152 +42,288 @@ def decline(call) -> str:
     """Why another hand is faster here, or ""."""
     if INTERPRETED:
         return "triton's interpreter is for tests, a thousand times slower"
-    # beside a mask made by other means the product's few percent do not count
-    if call.x.shape[0] > MAX_ROWS and not call.segments[0].dropout:
-        return f"above {MAX_ROWS} rows the vendor's product is expected to be faster, x has {call.x.shape[0]}"
+    # a compiler traces this choice and cannot ask the driver
+    name = "" if torch.compiler.is_compiling() else torch.cuda.get_device_name(call.x.device)
+    parts, rates = _parts(call), forms.rates_of(name)
+    s = _shape(call.x, call.w, parts)
+    ours = forms.seconds(forms.forward(_form(forms.forward, s, parts, rates), s), rates)
+    theirs = forms.library_only(s, rates)
+    if theirs <= ours:
+        return f"{1e6 * ours:.0f} µs predicted, {1e6 * theirs:.0f} by the vendor's products"
     return ""
 
 
-def forward(call) -> tuple[Tensor, list[tuple[Tensor, None]]]:
-    """y [M, N] and (h, None), h [M, R] without the scale, both in x's dtype."""
-    s = call.segments[0]
+def forward(call) -> tuple[Tensor, list[tuple[Tensor | None, Tensor | None]]]:
+    """y [M, N]; then (h, z) of all segments side by side, and (u, None) where the gain trains.
+
+    h has no scale in it; z is what an activation was given, None where there is none. All in x's dtype.
+    """
     run = torch.ops.pefast.delta_linear_triton if through_the_registry(call.x) else _forward
-    y, h = run(call.x, call.w, call.bias, s.a, s.b, s.scale, s.dropout, call.seed)
-    return y, [(h, None)]
+    keep_u = call.gain is not None and call.gain.requires_grad
+    y, h, z, u = run(*_flat(call), keep_u)
+    pairs = [(h, z if z.numel() else None)]
+    return y, [*pairs, (u, None)] if keep_u else pairs
 
 
 def backward(call, saved, dy: Tensor, needs):
-    """dx, dw, dbias, dgain and (da, db, dc, dd, dh) of the segment; None for what is not needed."""
-    s, h = call.segments[0], saved[0][0]
-    need_a, need_b = needs.segments[0][:2]
-    dx = da = db = None
-    if needs.x or need_a or need_b:
-        run = torch.ops.pefast.delta_linear_triton_backward if through_the_registry(dy) else _backward
-        tensors = (dy, call.x, call.w, s.a, s.b, h)
-        dx, da, db = run(*tensors, s.scale, s.dropout, call.seed, needs.x, need_a, need_b)
-    dw = torch.mm(dy.t(), call.x) if needs.w else None
-    dbias = dy.sum(0).to(call.bias.dtype) if needs.bias else None
-    five = (da if need_a else None, db if need_b else None, None, None, None)
-    return dx if needs.x else None, dw, dbias, None, [five]
+    """dx, dw, dbias, dgain and (da, db, dc, dd, dh) of each segment; None for what is not needed."""
+    run = torch.ops.pefast.delta_linear_triton_backward if through_the_registry(dy) else _backward
+    (h, z), u = saved[0], saved[-1][0] if needs.gain else None
+    # what is asked for, five flags a segment
+    wanted = [flag for five in needs.segments for flag in five]
+    dx, dz, da, db, dg = run(dy, *_flat(call), h, z, u, needs.x, wanted)
+    places = place(tuple(p.outline() for p in _parts(call)))
+    deltas = [
+        _of_segment(s, places, i, dz, da, db, need)
+        for i, (s, need) in enumerate(zip(call.segments, needs.segments, strict=True))
+    ]
+    dw = dbias = None
+    if needs.w:
+        du = dy if call.gain is None else dy * call.gain.to(dy.dtype)
+        dw = torch.mm(du.t(), call.x)
+    if needs.bias:
+        dbias = dy.sum(0).to(call.bias.dtype)
+    dgain = dg.to(call.gain.dtype) if needs.gain else None
+    return dx if needs.x else None, dw, dbias, dgain, deltas
 
 
-def _forward(x, w, bias, a, b, scale, dropout, seed):
-    h = torch.empty((x.shape[0], a.shape[0]), dtype=x.dtype, device=x.device)
-    y = torch.empty((x.shape[0], w.shape[0]), dtype=x.dtype, device=x.device)
-    _launch_waist(x, a, h, dropout, seed)
-    _launch_product(x, w, h, b, bias, y, scale, 0.0, None)
-    return y, h
+def _of_segment(s, places: Places, i: int, dz: Tensor, da: Tensor, db: Tensor, need):
+    """The five gradients of one segment, out of those of all slots."""
+    first, one = places.first[i], places.one[i]
+    own = slice(first, first + s.b.shape[1])
+    # copies: a view would keep the whole waist's gradient alive, and a parameter's gradient is dense
+    return (
+        da[own].to(s.a.dtype, copy=True) if need[0] else None,
+        db[own].t().to(s.b.dtype, memory_format=torch.contiguous_format, copy=True) if need[1] else None,
+        dz[:, own].sum(0, dtype=torch.float32).to(s.c.dtype) if need[2] else None,
+        db[one].to(s.d.dtype, copy=True) if need[3] else None,
+        dz[:, own].to(s.h.dtype, copy=True).reshape(s.h.shape) if need[4] else None,
+    )
 
 
-def _backward(dy, x, w, a, b, h, scale, dropout, seed, need_x, need_a, need_b):
-    """dx, da, db; an empty tensor for what is not needed."""
-    dx = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
-    da, db = x.new_empty(0), x.new_empty(0)
-    if need_x or need_a:
-        dh = torch.empty_like(h)
-        _launch_waist(dy, b.t(), dh, 0.0, None)
-    if need_x:
-        _launch_product(dy, w.t(), dh, a.t(), None, dx, scale, dropout, seed)
-    if need_a:
-        da = _transposed_product(dh, x, dropout, seed).mul_(scale).to(a.dtype)
-    if need_b:
-        db = _transposed_product(h, dy, 0.0, None).mul_(scale).to(b.dtype).t().contiguous()
-    return dx, da, db
+def _parts(call) -> list[Part]:
+    return [
+        Part(s.a, s.b, s.c, s.d, s.h, s.scale, s.activation if s.h is None else "identity", s.dropout,
+             EVERY if s.adapter is None else s.adapter)
+        for s in call.segments
+    ]  # fmt: skip
 
 
-def _launch_waist(x, a, h, dropout, seed):
-    """h = x̂ aᵀ [M, R]."""
-    (m, k), rank = x.shape, a.shape[0]
+def _layout(parts, w: Tensor) -> Layout:
+    return arrange(tuple(p.outline() for p in parts), tiles.MOST_SLOTS[w.dtype], w.device)
+
+
+def _shape(x: Tensor, w: Tensor, parts) -> forms.Shape:
+    rank, drops = sum(p.b.shape[1] for p in parts), any(p.rate for p in parts)
+    return forms.Shape(x.shape[0], *w.shape, rank, drops, x.element_size())
+
+
+def _form(direction, s: forms.Shape, parts, rates: forms.Rates) -> str:
+    # one tile makes one waist: no slots from elsewhere, one mask at most and none on the way there
+    drops = s.dropout and (direction is forms.forward or len(parts) > 1)
+    whole = not drops and all(p.h is None and p.d is None for p in parts)
+    return forms.choose(direction, s, rates, whole)
+
+
+def _rates(x: Tensor) -> forms.Rates:
+    return forms.rates_of(torch.cuda.get_device_name(x.device) if x.is_cuda else "")
+
+
+def _flat(call) -> tuple:
+    """The call as an operator of the registry takes it: tensors in one list, settings in others."""
+    parts = _parts(call)
+    tensors = [t for p in parts for t in p[:5]]
+    settings = zip(*(p[5:] for p in parts), strict=True)
+    x = call.w.new_empty((0, call.w.shape[1])) if call.x is None else call.x
+    return x, call.w, call.bias, call.gain, call.ids, call.seed, tensors, *(list(s) for s in settings)
+
+
+def _unflat(tensors, *settings) -> list[Part]:
+    five = [tensors[at : at + 5] for at in range(0, len(tensors), 5)]
+    return [Part(*t, *s) for t, s in zip(five, zip(*settings, strict=True), strict=True)]
+
+
+def _forward(x, w, bias, gain, ids, seed, tensors, scales, activations, rates, adapters, keep_u):
+    """y [M, N], h [M, R], z [M, R] or empty, u [M, N] or empty."""
+    parts = _unflat(tensors, scales, activations, rates, adapters)
+    layout = _layout(parts, w)
+    (m, _), n, r = x.shape, w.shape[0], layout.total
+    h, y = x.new_empty((m, r)), x.new_empty((m, n))
+    z = x.new_empty((m, r) if layout.kinds != ("identity",) else 0)
+    u = x.new_empty((m, n) if keep_u else 0)
     if not m:
-        return
-    block = _waist_tiles(x, rank, dropout)
+        return y, h, z, u
+    a = down(parts, layout, x.dtype) if layout.computed else None
+    b, c = up(parts, layout, x.dtype), inner_bias(parts, layout, x.device)
+    ids = None if layout.adapter is None else ids
+    form = _form(forms.forward, _shape(x, w, parts), parts, _rates(x))
+    kept = (z if z.numel() else None, u if keep_u else None)
     with torch.cuda.device_of(x):
-        _waist[(triton.cdiv(m, block["BLOCK_M"]),)](
-            x, a, h, m, k, rank, *x.stride(), *a.stride(),
-            *_mask(dropout, seed), **_constants(x, rank), DROPOUT=dropout > 0, **block,
-        )  # fmt: skip
+        if form == "whole":
+            _launch_whole(x, w, a, b, c, None, ids, gain, bias, h, *kept, y, layout, seed, back=False)
+            return y, h, z, u
+        if layout.computed:
+            _launch_waist(x, a, c, ids, h, kept[0], layout, seed)
+        fill(h, parts, layout, ids)
+        beside = form == "library"
+        if beside:
+            torch.mm(x, w.t(), out=y)
+        _launch_product(x, w, None, h, b, layout.scale, gain, bias, kept[1], y, layout, seed, False, beside)
+    return y, h, z, u
 
 
-def _launch_product(x, w, h, b, bias, y, scale, dropout, seed):
-    """y = dropout(s·h bᵀ) + x wᵀ + bias [M, N]."""
-    (m, k), n, rank = x.shape, w.shape[0], h.shape[1]
+def _backward(
+    dy, x, w, bias, gain, ids, seed, tensors, scales, activations, rates, adapters, h, z, u, need_x, wanted
+):
+    """dx [M, K], dz [M, R], and in fp32 da [computed, K], db [R, N], dg [N]; empty where it is not needed."""
+    parts = _unflat(tensors, scales, activations, rates, adapters)
+    layout = _layout(parts, w)
+    m, k = dy.shape[0], w.shape[1]
+    ids = None if layout.adapter is None else ids
+    through = need_x and layout.computed > 0
+    wants_a = any(wanted[0::5])
+    below = through or wants_a or any(wanted[2::5]) or any(wanted[4::5])
+    wants_up = any(wanted[1::5]) or any(wanted[3::5])
+    dx = dy.new_empty((m, k) if need_x else 0)
+    dz = dy.new_empty((m, layout.total) if below else 0)
+    da = torch.zeros((layout.computed, k) if wants_a else 0, device=dy.device)
+    db = torch.zeros((layout.total, dy.shape[1]) if wants_up else 0, device=dy.device)
+    dg = torch.zeros(0 if u is None else dy.shape[1], device=dy.device)
     if not m:
-        return
-    block = _product_tiles(x)
-    grid = (triton.cdiv(m, block["BLOCK_M"]) * triton.cdiv(n, block["BLOCK_N"]),)
-    with torch.cuda.device_of(x):
-        _product[grid](
-            x, w, h, b, bias, y, m, n, k, rank, *x.stride(), *w.stride(), *b.stride(), scale,
-            *_mask(dropout, seed), **_constants(x, rank), DROPOUT=dropout > 0, GROUP_M=8, **block,
-        )  # fmt: skip
+        return dx, dz, da, db, dg
+    form = _form(forms.backward, _shape(dy, w, parts), parts, _rates(dy))
+    b = up(parts, layout, dy.dtype)
+    a = down(parts, layout, dy.dtype) if layout.computed else None
+    with torch.cuda.device_of(dy):
+        whole = form == "whole" and through
+        if whole:
+            _launch_whole(
+                dy, w.t(), b.t(), a.t(), None, gain, ids, None, None, dz, z, None, dx, layout, seed, True
+            )
+        if wants_up or (below and not whole):
+            found = _launch_narrow(dy, b, gain, h, layout, below and not whole, wants_up)
+            if below and not whole:
+                _launch_finish(found[0], z, ids, dz, layout)
+            if wants_up:
+                db = found[1].sum(0)
+        if need_x and not whole:
+            _into_x(dy, w, gain, dz, a, dx, layout, seed, form == "library")
+        if wants_a:
+            da = _launch_down(x, dz, layout, seed)
+        if u is not None:
+            dg = _launch_column_sums(dy, u)
+    return dx, dz, da, db, dg
 
 
-def _transposed_product(z, x, dropout, seed):
-    """zᵀ x̂ [R, K], fp32. How the rows are cut does not depend on the GPU."""
-    (m, k), rank = x.shape, z.shape[1]
-    block = _parts_tiles(x, rank)
-    tiles = triton.cdiv(k, block["BLOCK_K"])
+def _into_x(dy, w, gain, dz, a, dx, layout, seed, beside):
+    """dx = Σ mask ⊙ (dz a)/(1-p) + du w."""
+    if beside or not layout.computed:
+        torch.mm(dy if gain is None else dy * gain.to(dy.dtype), w, out=dx)
+    if layout.computed:
+        _launch_product(dy, w.t(), gain, dz, a.t(), None, None, None, None, dx, layout, seed, True, beside)
+
+
+def _launch_waist(x, a, c, ids, h, z, layout, seed):
+    (m, k), r = x.shape, layout.total
+    block = tiles.waist(m, x.dtype, layout.width, layout.drops)
+    products.waist[(layout.tiles * triton.cdiv(m, block["BLOCK_M"]),)](
+        x, a, c, ids, layout.adapter, layout.kind, layout.tile, layout.keep, h, z, m, k, r, layout.tiles,
+        *x.stride(), *a.stride(), _number(seed), USED=layout.kinds, EVERY=EVERY, DROPOUT=layout.drops,
+        **_numbers(x, a, h), BLOCK_R=layout.width, **block,
+    )  # fmt: skip
+
+
+def _launch_product(x, w, inner, h, b, scale, gain, bias, u, y, layout, seed, back, beside):
+    """y = Σ s·h bᵀ + x wᵀ, with the masks of the way back where `back`; y holds x wᵀ where `beside`."""
+    (m, k), n = x.shape, w.shape[0]
+    count, table = (layout.tiles, layout.tile) if back else (layout.plain_tiles, layout.plain_tile)
+    block = tiles.product(m, x.dtype, count > 1)
+    products.product[(triton.cdiv(m, block["BLOCK_M"]) * triton.cdiv(n, block["BLOCK_N"]),)](
+        x, w, inner, h, b, scale, table, layout.keep, gain, bias, u, y, m, n, k, layout.total, count,
+        *x.stride(), *w.stride(), *b.stride(), _number(seed), BESIDE=beside, SEVERAL=count > 1,
+        DROPOUT=back and layout.drops, **_numbers(x, w, b, h, y), BLOCK_R=layout.width, **block,
+    )  # fmt: skip
+
+
+def _launch_whole(x, w, a, b, c, inner, ids, gain, bias, h, z, u, y, layout, seed, back):
+    (m, k), n = x.shape, w.shape[0]
+    block = tiles.whole(m, x.dtype, layout.width)
+    products.whole[(triton.cdiv(m, block["BLOCK_M"]) * triton.cdiv(n, block["BLOCK_N"]),)](
+        x, w, a, b, c, inner, ids, layout.adapter, layout.kind, layout.scale, layout.tile, layout.keep, gain,
+        bias, h, z, u, y, m, n, k, layout.total, *x.stride(), *w.stride(), *a.stride(), *b.stride(),
+        _number(seed), USED=layout.kinds, EVERY=EVERY, BACK=back, DROPOUT=back and layout.drops,
+        **_numbers(x, w, a, b, y), BLOCK_R=max(16, triton.next_power_of_2(layout.total)), **block,
+    )  # fmt: skip
+
+
+def _launch_narrow(dy, b, gain, h, layout, down_too, up_too):
+    """The parts of dh [columns, M, R] and of db [strips, R, N]."""
+    (m, n), r = dy.shape, layout.total
+    block = tiles.narrow(dy.dtype, layout.width)
+    columns = triton.cdiv(n, block["BLOCK_N"])
+    strips, rows = tiles.strips(m, columns, block["BLOCK_M"], 128)
+    dh = torch.empty((columns, m, r) if down_too else 0, device=dy.device)
+    db = torch.empty((strips, r, n) if up_too else 0, device=dy.device)
+    gradients.narrow[(layout.plain_tiles * columns * strips,)](
+        dy, b, gain, h, layout.scale, dh, db, m, n, r, rows, layout.plain_tiles, *dy.stride(), *b.stride(),
+        DOWN=down_too, UP=up_too, **_numbers(dy, b, h), BLOCK_R=layout.width, **block,
+    )  # fmt: skip
+    return dh, db
+
+
+def _launch_finish(dh, z, ids, dz, layout):
+    m, r = dz.shape
+    gradients.finish[(triton.cdiv(m, 32), layout.plain_tiles)](
+        dh, layout.scale, z, ids, layout.adapter, layout.kind, dz, m, r, dh.shape[0],
+        USED=layout.kinds, EVERY=EVERY, BLOCK_M=32, BLOCK_R=layout.width,
+    )  # fmt: skip
+
+
+def _launch_down(x, dz, layout, seed):
+    """da [computed, K]."""
+    m, k = x.shape
+    block = tiles.down(x.dtype, layout.width)
+    columns = triton.cdiv(k, block["BLOCK_K"])
     # about 256 programs keep a large GPU busy
-    strips = max(1, min(256 // tiles, triton.cdiv(m, block["BLOCK_M"])))
-    rows = triton.cdiv(triton.cdiv(m, strips), block["BLOCK_M"]) * block["BLOCK_M"]
-    strips = triton.cdiv(m, rows) if m else 0
-    parts = torch.empty((strips, rank, k), dtype=torch.float32, device=x.device)
-    if strips:
-        with torch.cuda.device_of(x):
-            _gradient_parts[(tiles, strips)](
-                x, z, parts, m, k, rank, rows, *x.stride(),
-                *_mask(dropout, seed), **_constants(x, rank), DROPOUT=dropout > 0, **block,
-            )  # fmt: skip
-    return parts.sum(0)
+    strips, rows = tiles.strips(m, columns * layout.tiles, block["BLOCK_M"], 256)
+    da = torch.empty((strips, layout.computed, k), device=x.device)
+    gradients.down[(layout.tiles * columns * strips,)](
+        x, dz, layout.tile, layout.keep, da, m, k, layout.total, layout.computed, rows, layout.tiles,
+        *x.stride(), _number(seed), DROPOUT=layout.drops, **_numbers(x, dz), BLOCK_R=layout.width, **block,
+    )  # fmt: skip
+    return da.sum(0)
 
 
-def _mask(dropout, seed):
-    """Threshold, factor and seed for a kernel; numbers without meaning where nothing is dropped."""
-    return (*mask_numbers(dropout), int(seed)) if dropout else (0, 1.0, 0)
+def _launch_column_sums(dy, u):
+    """Σ_m dy ⊙ u [N]."""
+    m, n = dy.shape
+    columns = triton.cdiv(n, 256)
+    strips, rows = tiles.strips(m, columns, 16, 256)
+    dg = torch.empty((strips, n), device=dy.device)
+    gradients.column_sums[(columns * strips,)](dy, u, dg, m, n, rows, *dy.stride(), BLOCK_M=16, BLOCK_N=256)
+    return dg.sum(0)
 
 
-def _constants(x, rank):
-    # a dot's inner dimension is at least 16
+def _number(seed: Tensor | None) -> int:
+    return 0 if seed is None else int(seed)
+
+
+def _numbers(x: Tensor, *others: Tensor) -> dict:
+    """How products of fp32 are rounded, and whether a tile of at most 256 rows or columns leaves 31 bits."""
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {"PRECISION": "tf32" if tf32 else "ieee", "BLOCK_R": max(16, triton.next_power_of_2(rank))}
+    wide = any(stride >= 2**22 for t in (x, *others) for stride in t.stride())
+    return {"PRECISION": "tf32" if tf32 else "ieee", "WIDE": wide}
 
 
-# fp32 products run without tensor cores and hold a tile's whole inner dimension in registers: shorter tiles,
-# more warps. Every choice below passes the ladder's gate: no spills on sm_80 and sm_90.
-
-
-def _waist_tiles(x, rank, dropout):
-    rows = 16 if x.shape[0] <= 16 else 32
-    if x.dtype == torch.float32:
-        return {"BLOCK_M": rows, "BLOCK_K": 128 if dropout else 32, "num_warps": 8, "num_stages": 2}
-    if rank > 64:
-        return {"BLOCK_M": rows, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": rows, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-
-
-def _product_tiles(x):
-    rows = 16 if x.shape[0] <= 16 else 64
-    if x.dtype == torch.float32:
-        return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
-    if x.shape[0] <= 64:
-        return {"BLOCK_M": rows, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-
-
-def _parts_tiles(x, rank):
-    if x.dtype == torch.float32:
-        return {"BLOCK_M": 16, "BLOCK_K": 128, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4 if rank <= 32 else 8, "num_stages": 2}
-
-
-_LIBRARY = torch.library.Library("pefast", "FRAGMENT")
-_LIBRARY.define(
-    "delta_linear_triton(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, float scale, float dropout,"
-    " Tensor? seed) -> (Tensor, Tensor)"
+_CALL = (
+    "Tensor x, Tensor w, Tensor? bias, Tensor? gain, Tensor? ids, Tensor? seed, Tensor?[] tensors,"
+    " float[] scales, str[] activations, float[] rates, int[] adapters"
 )
+_LIBRARY = torch.library.Library("pefast", "FRAGMENT")
+_LIBRARY.define(f"delta_linear_triton({_CALL}, bool keep_u) -> (Tensor, Tensor, Tensor, Tensor)")
 _LIBRARY.define(
-    "delta_linear_triton_backward(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor h, float scale,"
-    " float dropout, Tensor? seed, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)"
+    f"delta_linear_triton_backward(Tensor dy, {_CALL}, Tensor h, Tensor? z, Tensor? u, bool need_x,"
+    " bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 for _device in ("CUDA", "CPU"):
     _LIBRARY.impl("delta_linear_triton", checked(_forward), _device)
@@ -370,13 +331,26 @@ for _device in ("CUDA", "CPU"):
 
 
 @torch.library.register_fake("pefast::delta_linear_triton", lib=_LIBRARY)
-def _(x, w, bias, a, b, scale, dropout, seed):
-    return x.new_empty((x.shape[0], w.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
+def _(x, w, bias, gain, ids, seed, tensors, scales, activations, rates, adapters, keep_u):
+    parts = _unflat(tensors, scales, activations, rates, adapters)
+    m, n, r = x.shape[0], w.shape[0], place(tuple(p.outline() for p in parts)).total
+    bent = any(activation != "identity" for activation in activations)
+    sizes = ((m, n), (m, r), (m, r) if bent else 0, (m, n) if keep_u else 0)
+    return tuple(x.new_empty(size) for size in sizes)
 
 
 @torch.library.register_fake("pefast::delta_linear_triton_backward", lib=_LIBRARY)
-def _(dy, x, w, a, b, h, scale, dropout, seed, need_x, need_a, need_b):
-    dx = torch.empty(x.shape if need_x else 0, dtype=x.dtype, device=x.device)
-    da = torch.empty(a.shape if need_a else 0, dtype=a.dtype if need_a else x.dtype, device=x.device)
-    db = torch.empty(b.shape if need_b else 0, dtype=b.dtype if need_b else x.dtype, device=x.device)
-    return dx, da, db
+def _(
+    dy, x, w, bias, gain, ids, seed, tensors, scales, activations, rates, adapters, h, z, u, need_x, wanted
+):
+    parts = _unflat(tensors, scales, activations, rates, adapters)
+    places = place(tuple(p.outline() for p in parts))
+    (m, n), k = dy.shape, w.shape[1]
+    a, b, c, d, given = (any(wanted[i::5]) for i in range(5))
+    below = a or c or given or (need_x and places.computed > 0)
+    wide = ((places.computed, k) if a else 0, (places.total, n) if b or d else 0, 0 if u is None else n)
+    return (
+        dy.new_empty((m, k) if need_x else 0),
+        dy.new_empty((m, places.total) if below else 0),
+        *(dy.new_empty(size, dtype=torch.float32) for size in wide),
+    )

@@ -1,15 +1,17 @@
 """Compiles the kernels for GPUs that are not here, and rejects what no GPU would run well.
 
-    python tests/ladder/compile_gate.py [--targets sm80,sm90] [--full]
+    python tests/ladder/compile_gate.py [--targets sm80,sm90] [--full] [--table FILE]
 
 The hands' own launchers run on tensors of device "meta" at the shapes of real layers. A driver that answers
 "which GPU is here?" and nothing else stands in for the missing one; every launch compiles just as it would
 there (divisibility by 16, numbers equal to 1, dtypes) and is not carried out. The machine code then tells
 registers, spills, shared memory and tensor-core instructions. Exit status 1 if a kernel is rejected.
+`--table` writes what was read of each kernel; test_gate.py compares the short list with gate.json.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -24,20 +26,24 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from delta_linear_check import FORMS, ROADS, SEED, taking
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from pefast.ops import OPS
+from pefast.ops.delta_linear import Call, Needs
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TARGETS = {
-    name: GPUTarget("cuda", number, 32) for name, number in (("sm80", 80), ("sm90", 90), ("sm100", 100))
-}
-# bytes of shared memory that one block may have: CUDA's table of compute capabilities
-SHARED = {"sm80": 163 * 1024, "sm90": 227 * 1024, "sm100": 227 * 1024}
+TARGETS = {f"sm{number}": GPUTarget("cuda", number, 32) for number in (80, 90, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+# bytes of shared memory that one block may have: CUDA's table of compute capabilities; CDNA 3's manual
+SHARED = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10, "gfx942": 64 << 10}
 TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 REGISTERS_OF_A_BLOCK = 65536
+
+
+AMD_COUNTS = ("vgpr_count", "vgpr_spill_count")
 
 
 class Gpu:
@@ -72,7 +78,7 @@ class Made(NamedTuple):
             found.append(f"{self.spills} spills")
         if self.shared > SHARED[target]:
             found.append(f"{self.shared} bytes of shared memory, {SHARED[target]} is the most")
-        if self.registers * self.warps * 32 > REGISTERS_OF_A_BLOCK:
+        if target != "gfx942" and self.registers * self.warps * 32 > REGISTERS_OF_A_BLOCK:
             found.append("more registers than one multiprocessor has")
         if dot and not self.tensor_core:
             found.append("no tensor-core instruction")
@@ -101,6 +107,11 @@ def compiling_for(target: str):
 
 def read(kernel) -> Made:
     """What the machine code of a compiled kernel says."""
+    meta = kernel.metadata
+    if "amdgcn" in kernel.asm:
+        code = kernel.asm["amdgcn"]
+        registers, spills = (int(re.search(rf"\.{name}: +(\d+)", code)[1]) for name in AMD_COUNTS)
+        return Made(meta.name, registers, meta.shared, spills, code.count("v_mfma"), meta.num_warps)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -109,7 +120,6 @@ def read(kernel) -> Made:
     registers, local = re.search(r"REG:(\d+) STACK:\d+ SHARED:\d+ LOCAL:(\d+)", usage).groups()
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code)) + int(local)
     tensor_core = len(TENSOR_CORES.findall(code))
-    meta = kernel.metadata
     return Made(meta.name, int(registers), meta.shared, spills, tensor_core, meta.num_warps)
 
 
@@ -119,26 +129,50 @@ def _tool(name, *args):
 
 def launches(full: bool):
     """(name, whether its products want tensor cores, a function that launches) of each case of the gate."""
-    dtypes = [torch.bfloat16, torch.float16, torch.float32] if full else [torch.bfloat16]
-    for dtype in dtypes:
-        for rate in (0.0, 0.1) if full else (0.1,):
-            for rank in (16, 64 if dtype == torch.float32 else 128) if full else (16,):
-                for rows in (4096, 48, 4) if full else (4096, 4):
-                    case = f"{str(dtype)[6:]} M={rows} R={rank} p={rate}"
-                    yield case, dtype != torch.float32, lambda c=(dtype, rate, rank, rows): _both_ways(*c)
+    bf16 = torch.bfloat16
+    cases = [(bf16, 4096, 16, case) for case in ("whole", "split", "dropped", "routed")] + [
+        (bf16, 4, 16, "whole")
+    ]
+    if full:
+        kinds = (*ROADS, "dropped", "hybrid", "routed")
+        wide = [(bf16, rows, 16, case) for rows in (4096, 48, 4) for case in kinds]
+        wide += [
+            (bf16, rows, rank, case)
+            for rows in (4096, 4)
+            for rank in (64, 128)
+            for case in ("split", "dropped")
+        ]
+        others = [(dtype, 4096, 16, case) for dtype in (torch.float16, torch.float32) for case in kinds]
+        cases = [*wide, *others, (torch.float32, 4096, 64, "dropped")]
+    for dtype, rows, rank, case in cases:
+        name = f"{case} {str(dtype)[6:]} M={rows} R={rank}"
+        yield name, dtype != torch.float32, lambda c=(dtype, rows, rank, case): _linear(*c)
     yield "dropout", False, _dropout
 
 
-def _both_ways(dtype, rate, rank, rows):
-    """Forward and backward of Llama-7B's widest layer, with fp32 masters."""
-    n, k, seed = 11008, 4096, torch.tensor([7])
-    x, w, bias, dy, h = (
-        _meta(*shape, dtype=dtype) for shape in ((rows, k), (n, k), (n,), (rows, n), (rows, rank))
-    )
-    a, b = _meta(rank, k), _meta(n, rank)
+def _linear(dtype, rows, rank, case):
+    """Forward and backward of Llama-7B's widest layer, with fp32 masters, by a road or of a form."""
+    n, k = 11008, 4096
+    wide = {"x": (rows, k), "w": (n, k), "bias": (n,), "gain": (n,), "dy": (rows, n)}
+    masters = {"a": (rank, k), "b": (n, rank), "c": (rank,), "d": (n,)}
+    t = {name: _meta(*shape, dtype=dtype) for name, shape in wide.items()}
+    t |= {name: _meta(*shape) for name, shape in masters.items()}
     hand = OPS["delta_linear"].hands["triton"]
-    hand._forward(x, w, bias, a, b, 0.5, rate, seed)
-    hand._backward(dy, x, w, a, b, h, 0.5, rate, seed, True, True, True)
+    if case in FORMS:
+        _both_ways(hand, t, FORMS[case])
+    else:
+        with taking(hand, case):
+            _both_ways(hand, t, FORMS["lora"])
+
+
+def _both_ways(hand, t, form):
+    wanted = form(t)
+    call = Call(t["x"], t["w"], None, None, None, SEED, ())._replace(**wanted)
+    _, saved = hand.forward(call)
+    trains = [
+        (s.a is not None, True, s.c is not None, s.d is not None, s.h is not None) for s in call.segments
+    ]
+    hand.backward(call, saved, t["dy"], Needs(True, False, False, False, trains))
 
 
 def _dropout():
@@ -152,9 +186,9 @@ def _meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def gate(targets: list[str], full: bool) -> int:
-    """Print a line for each compiled kernel; the number that is rejected."""
-    rejected = 0
+def gate(targets: list[str], full: bool) -> tuple[int, dict]:
+    """Print a line for each compiled kernel; the number that is rejected, and what was read of each."""
+    rejected, table = 0, {}
     for target in targets:
         for case, dot, launch in launches(full):
             begin = time.perf_counter()
@@ -162,22 +196,29 @@ def gate(targets: list[str], full: bool) -> int:
                 launch()
             for kernel in compiled:
                 made = read(kernel)
-                faults = made.faults(target, dot)
+                faults = made.faults(target, dot and "tt.dot" in kernel.asm["ttir"])
                 rejected += bool(faults)
+                table.setdefault(f"{target} {case}", []).append(list(made))
                 verdict = "REJECTED: " + "; ".join(faults) if faults else "ok"
                 size = f"{made.registers:4d} regs {made.shared:6d} B shared {made.tensor_core:3d} tensor-core"
-                print(f"{target:6s}{case:34s}{made.kernel:17s}{size}  {verdict}", flush=True)
-            print(f"{target:6s}{case:34s}{time.perf_counter() - begin:.1f} s", flush=True)
-    return rejected
+                print(f"{target:7s}{case:32s}{made.kernel:14s}{size}  {verdict}", flush=True)
+            print(f"{target:7s}{case:32s}{time.perf_counter() - begin:.1f} s", flush=True)
+    return rejected, table
 
 
 def main() -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default="sm80,sm90", help="of " + ", ".join(TARGETS))
     parser.add_argument("--full", action="store_true", help="every dtype, rank and size, some minutes")
+    parser.add_argument("--table", type=Path, help="a JSON file to write")
     options = parser.parse_args()
     print(f"triton {triton.__version__}, torch {torch.__version__}")
-    rejected = gate(options.targets.split(","), options.full)
+    rejected, table = gate(options.targets.split(","), options.full)
+    if options.table:
+        head = {"triton": triton.__version__, "columns": Made._fields}
+        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in (head | table).items()]
+        options.table.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     print(f"{rejected} rejected")
     return 1 if rejected else 0
 

@@ -1,0 +1,70 @@
+"""The sizes of tiles that each kernel is launched with.
+
+fp32 products run without tensor cores and hold a tile's whole inner dimension in registers: shorter tiles,
+more warps. Every choice passes the ladder's gate (tests/ladder/gate.json): no spills on any target.
+"""
+
+import torch
+
+from . import triton
+
+# the widest tile of slots that fits beside a tile of y
+MOST_SLOTS = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
+
+
+def waist(m: int, dtype, slots: int, dropout: bool) -> dict:
+    """Of h: BLOCK_M rows and all slots of a tile."""
+    rows = 16 if m <= 16 else 32
+    if dtype == torch.float32:
+        return _sizes(8, 2, BLOCK_M=rows, BLOCK_K=128 if dropout else 32)
+    if slots > 64:
+        return _sizes(8, 2, BLOCK_M=rows, BLOCK_K=128)
+    return _sizes(4, 3, BLOCK_M=rows, BLOCK_K=128)
+
+
+def product(m: int, dtype, several: bool) -> dict:
+    """Of y or dx."""
+    rows = 16 if m <= 16 else 64
+    if dtype == torch.float32:
+        return _sizes(8, 2, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
+    if m <= 64 or several:
+        return _sizes(4, 3, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
+    return _sizes(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
+
+
+def whole(m: int, dtype, slots: int) -> dict:
+    """Of y or dx with the waist beside it."""
+    rows = 16 if m <= 16 else 64
+    if dtype == torch.float32:
+        return _sizes(8, 2, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
+    if m <= 64:
+        return _sizes(4, 3, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
+    return _sizes(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
+
+
+def narrow(dtype, slots: int) -> dict:
+    """Of dy, for dh and db."""
+    if dtype == torch.float32:
+        return _sizes(8, 2, BLOCK_M=16, BLOCK_N=128 if slots <= 32 else 64)
+    return _sizes(8, 2, BLOCK_M=64, BLOCK_N=256 if slots <= 64 else 128)
+
+
+def down(dtype, slots: int) -> dict:
+    """Of x̂, for da."""
+    if dtype == torch.float32:
+        return _sizes(8, 2, BLOCK_M=16, BLOCK_K=128)
+    return _sizes(4 if slots <= 32 else 8, 2, BLOCK_M=64, BLOCK_K=128)
+
+
+def strips(m: int, columns: int, block_m: int, programs: int) -> tuple[int, int]:
+    """Strips of rows so that columns * strips is about `programs`, and the rows of each, whole tiles.
+
+    The cut depends on the sizes alone: the same bits on every GPU.
+    """
+    count = max(1, min(programs // max(1, columns), triton.cdiv(m, block_m)))
+    rows = max(1, triton.cdiv(triton.cdiv(m, count), block_m)) * block_m
+    return triton.cdiv(m, rows), rows
+
+
+def _sizes(warps: int, stages: int, **blocks: int) -> dict:
+    return {**blocks, "num_warps": warps, "num_stages": stages}

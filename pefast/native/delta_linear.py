@@ -1,7 +1,8 @@
 """delta_linear by csrc/cpu/delta_linear*: every segment beside a frozen weight, on AMX.
 
 One plain LoRA in bf16, the commonest call, has a door of its own here, for it costs the least Python; other
-calls in bf16 go through sibling_linear.py, those in fp32 through delta_linear_fp32.py.
+calls in bf16 go through sibling_linear.py, those in fp32 through delta_linear_fp32.py. Without AMX both go
+through delta_linear_thin.py.
 Formula: pefast/ops/delta_linear.py.
 """
 
@@ -10,23 +11,28 @@ from torch import Tensor
 
 from pefast.native import WHY_NOT, C, packs, rows_of, sibling_linear, through_the_registry
 from pefast.native import delta_linear_fp32 as fp32
+from pefast.native import delta_linear_thin as thin
 from pefast.native.packs import packed_bytes as packed_bytes
 from pefast.native.sibling_linear import packed_weight
 
 _HERE = C is not None and C.delta_linear_here()
+# who computes a dtype that is not this file's
+_OTHERS = {torch.float32: fp32 if fp32.HERE else thin}
+if thin.HERE and not _HERE:
+    _OTHERS[torch.bfloat16] = thin
 
 
 def refuse(call) -> str:
     """Why csrc cannot run this call, or ""."""
-    if call.x.dtype is torch.float32:
-        return fp32.why_not(call)
-    return sibling_linear.refuse(call.x, (call,))
+    if other := _OTHERS.get(call.x.dtype):
+        return other.why_not(call)
+    return sibling_linear.refuse(sibling_linear.Siblings(call.x, (call,)))
 
 
 def decline(call) -> str:
     """Why another hand is faster, or ""."""
-    if call.x.dtype is torch.float32:
-        return fp32.why_slower(call)
+    if other := _OTHERS.get(call.x.dtype):
+        return other.why_slower(call)
     w = call.w
     if not isinstance(w, torch.nn.Parameter) and not isinstance(w._base, torch.nn.Parameter):
         return "packs the weight once for many calls, and this one is no parameter: it may live for one call"
@@ -44,11 +50,11 @@ def _one_lora(call) -> bool:
 
 def forward(call) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
     """y [M, N] and one pair: the waist before its activations [M, all ranks], and u [M, N] or None."""
-    if call.x.dtype is torch.float32:
-        return fp32.forward(call)
+    if other := _OTHERS.get(call.x.dtype):
+        return other.forward(call)
     if not _one_lora(call):
-        (y,), waist, (u,) = sibling_linear.forward(call.x, (call,), call.ids, call.seed)
-        return y, [(waist, u)]
+        (y,), saved = sibling_linear.forward(sibling_linear.Siblings(call.x, (call,)))
+        return y, [tuple(saved)]
     s = call.segments[0]
     run = torch.ops.pefast.delta_linear if through_the_registry(call.x) else _forward
     y, h = run(call.x, call.w, call.bias, s.a, s.b, s.scale, s.dropout, call.seed if s.dropout else None)
@@ -57,14 +63,12 @@ def forward(call) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
 
 def backward(call, saved, dy: Tensor, needs):
     """dx, None, dbias, dgain and (da, db, dc, dd, dh) of each segment; None for what is not needed."""
-    if dy.dtype is torch.float32:
-        return fp32.backward(call, saved, dy, needs)
+    if other := _OTHERS.get(dy.dtype):
+        return other.backward(call, saved, dy, needs)
     if not _one_lora(call):
-        (waist, u), asked = saved[0], sibling_linear.Asked(needs.x, (needs,))
-        dx, ((dbias, dgain, deltas),) = sibling_linear.backward(
-            call.x, (call,), call.ids, call.seed, waist, (u,), (dy,), asked
-        )
-        return dx, None, dbias, dgain, deltas
+        alone, asked = sibling_linear.Siblings(call.x, (call,)), sibling_linear.Siblings(needs.x, (needs,))
+        dx, (gradients,) = sibling_linear.backward(alone, saved[0], (dy,), asked)
+        return dx, *gradients
     s, (need_a, need_b, *_) = call.segments[0], needs.segments[0]
     run = torch.ops.pefast.delta_linear_backward if through_the_registry(dy) else _backward
     asked = (needs.x, need_a, need_b)

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from pefast.native import WHY_NOT, C, packs, rows_of, through_the_registry
 
-_HERE = C is not None and C.fp32_here()
+HERE = C is not None and C.fp32_here()
 # with fewer rows PyTorch reads the weight in less time than three parts of it are read
 FEW_ROWS = 8
 
 
 def why_not(call) -> str:
     """Why csrc cannot run this call, or ""."""
-    if not _HERE:
+    if not HERE:
         return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
     x, w, bias, segments = call.x, call.w, call.bias, call.segments
     if not (x.is_cpu and w.is_cpu):
@@ -108,7 +108,7 @@ def backward(call, saved, dy: Tensor, needs):
 
 
 def _check_here() -> None:
-    if not _HERE:
+    if not HERE:
         raise RuntimeError(f"delta_linear: the native kernel cannot run: {WHY_NOT or 'it needs AMX'}")
 
 

@@ -1,4 +1,4 @@
-"""delta_linear by csrc/cpu/delta_linear_thin*: PyTorch's product, and everything of the LoRA in one pass beside it.
+"""delta_linear by csrc/cpu/delta_linear_thin*: PyTorch's product, and all of the LoRA in one pass beside it.
 
 For CPUs without AMX, fp32 and bf16. Formula: pefast/ops/delta_linear.py.
 """
@@ -53,8 +53,13 @@ def _why_not_segment(s) -> str:
 
 def why_slower(call) -> str:
     """Why another hand is faster, or ""."""
-    r = call.segments[0].a.shape[0]
-    return f"a rank of {r} is no thin product, the library's is faster" if r >= WIDE_WAIST else ""
+    s = call.segments[0]
+    r = s.a.shape[0]
+    if r >= WIDE_WAIST:
+        return f"a rank of {r} makes no thin product, PyTorch's is faster"
+    if call.x.dtype is torch.float32 and not s.dropout:
+        return "without AMX or dropout PyTorch's own products in fp32 are as fast"
+    return ""
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,0 +1,212 @@
+"""The native hand of delta_linear without AMX: PyTorch's product and one pass beside it."""
+
+import pytest
+import torch
+
+from pefast.native import C
+from pefast.native import delta_linear_thin as native
+from pefast.ops.delta_linear import Call, Needs, Segment, reference
+from pefast.ops.dropout import keep_mask
+from pefast.testing import assert_no_worse
+
+pytestmark = pytest.mark.usefixtures("nan_filled_empty")
+
+# M, K, N, R: one of each, no multiple of a register, all multiples, several stretches and shares of rows
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 64, 48, 4),
+    (3, 17, 33, 3),
+    (33, 65, 63, 8),
+    (17, 1100, 31, 24),
+    (64, 384, 384, 16),
+    (40, 33, 80, 256),
+    (530, 130, 70, 16),
+    (130, 96, 1100, 5),
+]
+LEVELS = [name for name in (C.isas() if C else []) if name in ("avx2", "avx512")]
+ALL = Needs(True, False, False, False, ((True, True, False, False, False),))
+
+
+@pytest.fixture(params=LEVELS or [None], autouse=True)
+def _instructions(request):
+    """Each test on AVX2 and on AVX-512, and on one thread."""
+    if request.param is None:
+        pytest.skip("csrc is not built, or this processor has no AVX2")
+    threads, before = torch.get_num_threads(), C.isa()
+    torch.set_num_threads(1)
+    C.use_isa(request.param)
+    yield
+    C.use_isa(before)
+    torch.set_num_threads(threads)
+
+
+def make_call(shape, dtype, dropout=0.0, bias=True, apart=0, conv1d=False, masters=torch.float32) -> tuple:
+    """A call and a gradient of its result; rows of x and dy have `apart` numbers between them."""
+    m, k, n, r = shape
+    generator = torch.Generator().manual_seed(m * 7 + k * 3 + n + r)
+
+    def normal(*size, by=1.0, kind=dtype):
+        return (torch.randn(*size, generator=generator, dtype=torch.float64) * by).to(kind)
+
+    w = normal(k, n, by=k**-0.5).t() if conv1d else normal(n, k, by=k**-0.5)
+    w = torch.nn.Parameter(w, requires_grad=False)
+    a, b = normal(r, k, by=k**-0.5, kind=masters), normal(n, r, by=r**-0.5, kind=masters)
+    x, dy = normal(m, k + apart)[:, :k], normal(m, n + apart)[:, :n]
+    seed = torch.tensor([123456789012345])
+    segment = Segment(a, b, 1.5, dropout=dropout)
+    call = Call(x, w, normal(n) if bias else None, None, None, seed, (segment,))
+    assert native.why_not(call) == ""
+    return call, dy
+
+
+def run(call, dy) -> dict:
+    y, saved = native.forward(call)
+    dx, _, _, _, [(da, db, *_)] = native.backward(call, saved, dy, ALL)
+    return {"y": y, "h": saved[0][0], "dx": dx, "da": da, "db": db}
+
+
+def formula(call, dy, dtype) -> dict:
+    s = call.segments[0]
+    x, w, a, b = (t.detach().to(dtype).requires_grad_() for t in (call.x, call.w, s.a, s.b))
+    bias = None if call.bias is None else call.bias.to(dtype)
+    y = reference(x, w, (s._replace(a=a, b=b),), bias, seed=call.seed)
+    dx, da, db = torch.autograd.grad(y, (x, a, b), dy.to(dtype))
+    return {"y": y.detach(), "dx": dx, "da": da, "db": db}
+
+
+def assert_close(got: dict, call, dy) -> None:
+    dtype = call.x.dtype
+    near, exact = formula(call, dy, dtype), formula(call, dy, torch.float64)
+    for name in exact:
+        assert_no_worse(name, got[name].to(dtype), near[name], exact[name])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, dtype, dropout):
+    call, dy = make_call(shape, dtype, dropout)
+    assert_close(run(call, dy), call, dy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"bias": False}, {"apart": 5}, {"apart": 32}, {"conv1d": True}],
+    ids=str,
+)
+def test_every_form_of_input(options, dtype):
+    call, dy = make_call((70, 130, 97, 16), dtype, 0.05, **options)
+    got = run(call, dy)
+    assert_close(got, call, dy)
+    assert got["da"].dtype == call.segments[0].a.dtype and got["db"].dtype == call.segments[0].b.dtype
+
+
+def test_masters_in_bf16():
+    call, dy = make_call((70, 130, 97, 16), torch.bfloat16, 0.05, masters=torch.bfloat16)
+    got = run(call, dy)
+    assert_close(got, call, dy)
+    assert got["da"].dtype == got["db"].dtype == torch.bfloat16
+
+
+def test_columns_far_apart_are_copied():
+    call, dy = make_call((20, 48, 40, 4), torch.float32)
+    there = run(call, dy)
+    here = run(call._replace(x=call.x.t().contiguous().t()), dy.t().contiguous().t())
+    assert all(torch.allclose(there[name], here[name], atol=1e-5) for name in there)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_zero_rows(dtype):
+    call, dy = make_call((0, 32, 24, 8), dtype, 0.05)
+    got = run(call, dy)
+    assert got["y"].shape == (0, 24) and got["dx"].shape == (0, 32)
+    assert not got["da"].any() and not got["db"].any()
+
+
+@pytest.mark.parametrize("fault", ["scale", "rank", "column", "element", "mask"])
+def test_the_measure_finds_planted_faults(fault):
+    call, dy = make_call((64, 128, 96, 8), torch.bfloat16, 0.5)
+    s = call.segments[0]
+    wrong = {
+        "scale": s._replace(scale=s.scale * 1.02),
+        "rank": s._replace(b=s.b * (torch.arange(8) < 7)),
+        "column": s._replace(a=s.a * (torch.arange(128) < 127)),
+    }.get(fault, s)
+    got = run(call._replace(segments=(wrong,), seed=call.seed + (fault == "mask")), dy)
+    if fault == "element":
+        got["dx"][5, 7] += 1
+    with pytest.raises(AssertionError):
+        assert_close(got, call, dy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 33, 40, 3), (700, 96, 130, 24), (1100, 64, 64, 4)], ids=str)
+def test_same_bits_every_run_and_for_any_number_of_threads(shape, dtype):
+    """What csrc computes; a library's product may differ with its own threads."""
+    call, dy = make_call(shape, dtype, 0.05)
+    # a weight of zeros: the library's part is zero whatever its order
+    call = call._replace(w=torch.nn.Parameter(torch.zeros_like(call.w), requires_grad=False))
+    first = run(call, dy)
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        again = run(call, dy)
+        different = [name for name in first if not torch.equal(first[name], again[name])]
+        assert not different, f"{different} differ with {threads} threads"
+
+
+def test_only_the_gradients_asked_for():
+    call, dy = make_call((50, 64, 48, 8), torch.float32, 0.05)
+    whole = run(call, dy)
+    _, saved = native.forward(call)
+    for x, a, b in [(True, False, False), (False, True, False), (False, False, True), (False, False, False)]:
+        needs = Needs(x, False, False, False, ((a, b, False, False, False),))
+        dx, _, _, _, [(da, db, *_)] = native.backward(call, saved, dy, needs)
+        for name, asked, got in (("dx", x, dx), ("da", a, da), ("db", b, db)):
+            assert torch.equal(got, whole[name]) if asked else got is None, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_finite_is_not_hidden_and_what_is_dropped_does_not_count(dtype):
+    call, dy = make_call((40, 64, 48, 4), dtype, 0.5)
+    keep = keep_mask(40, 64, 0.5, call.seed)
+    plain = run(call, dy)
+    for row, column in ((3, int(keep[3].nonzero()[0])), (4, int((~keep[4]).nonzero()[0]))):
+        x = call.x.clone()
+        x[row, column] = float("nan")
+        got = run(call._replace(x=x, w=torch.nn.Parameter(call.w * 0, requires_grad=False), bias=None), dy)
+        assert got["h"][row].isnan().all() == bool(keep[row, column])
+        assert torch.equal(got["h"][:3], plain["h"][:3]) and got["db"].isnan().any() == bool(
+            keep[row, column]
+        )
+
+
+def test_refusals_are_words():
+    call, _ = make_call((14, 32, 24, 2), torch.float32)
+    s = call.segments[0]
+    cases = {
+        "weight bfloat16": call._replace(w=call.w.bfloat16()),
+        "one segment": call._replace(segments=(s, s)),
+        "gain": call._replace(gain=torch.ones(24)),
+        "activation": call._replace(segments=(s._replace(activation="relu"),)),
+        "adapter": call._replace(segments=(s._replace(adapter=1),)),
+        "trained biases": call._replace(segments=(s._replace(c=torch.ones(2)),)),
+        "frozen": call._replace(w=torch.nn.Parameter(call.w)),
+        "float32 or bfloat16": call._replace(segments=(s._replace(a=s.a.double()),)),
+    }
+    for word, other in cases.items():
+        assert word in native.why_not(other)
+    assert "PyTorch's own products" in native.why_slower(call)
+    assert native.why_slower(call._replace(segments=(s._replace(dropout=0.1),))) == ""
+    wide = s._replace(a=torch.zeros(64, 32), b=torch.zeros(24, 64))
+    assert "rank of 64" in native.why_slower(call._replace(segments=(wide,)))
+
+
+def test_the_operators_pass_opcheck():
+    call, dy = make_call((9, 33, 20, 3), torch.bfloat16, 0.05)
+    s = call.segments[0]
+    given = (call.x, call.w, call.bias, s.a, s.b, s.scale, s.dropout, call.seed)
+    torch.library.opcheck(torch.ops.pefast.delta_linear_thin.default, given)
+    h = native.forward(call)[1][0][0]
+    given = (dy, call.x, call.w, s.a, s.b, h, s.scale, s.dropout, call.seed, True, True, False)
+    torch.library.opcheck(torch.ops.pefast.delta_linear_thin_backward.default, given)

@@ -18,7 +18,7 @@ FORBIDDEN = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 FLOORS = (
     ("cli",),
     ("selection",),
-    ("training", "doctor"),
+    ("training", "doctor", "roofline"),
     ("claim",),
     ("recipe", "trainer"),
     ("progress",),

@@ -23,6 +23,7 @@ _HOMES = {
     "Subnetwork": "methods",
     "Importance": "methods",
     "score": "methods",
+    "learn_gates": "methods",
     "accelerate": "acceleration",
     "attach": "model",
     "detach": "model",
@@ -60,6 +61,7 @@ __all__ = [
     "backend",
     "detach",
     "explain",
+    "learn_gates",
     "load",
     "merge",
     "ops",
@@ -77,8 +79,21 @@ if TYPE_CHECKING:
     from pefast.checkpoint import load, save
     from pefast.dispatch import backend
     from pefast.layers import FusedLoRALinear
-    from pefast.methods import IA3, Adapter, Bias, Full, Heads, Importance, Layers, LoRA, Prefix, Prompt
-    from pefast.methods import Subnetwork, score
+    from pefast.methods import (
+        IA3,
+        Adapter,
+        Bias,
+        Full,
+        Heads,
+        Importance,
+        Layers,
+        LoRA,
+        Prefix,
+        Prompt,
+        Subnetwork,
+        learn_gates,
+        score,
+    )
     from pefast.model import activate, attach, detach, merge, route, unmerge
     from pefast.optimizer import parameter_groups
     from pefast.report import explain

@@ -3,6 +3,7 @@
 from pefast.methods.adapter import Adapter
 from pefast.methods.bias import Bias
 from pefast.methods.full import Full
+from pefast.methods.gates import learn_gates
 from pefast.methods.heads import Heads
 from pefast.methods.ia3 import IA3
 from pefast.methods.importance import Importance
@@ -32,5 +33,6 @@ __all__ = [
     "Prompt",
     "Scores",
     "Subnetwork",
+    "learn_gates",
     "score",
 ]

@@ -75,16 +75,11 @@ def score(
     else:
         # lines of q, k, v and o, of which the heads' scores are made
         plan = {path: _every(shape_of(model, path), index) for each in heads for path, index in each.items()}
-    parts = {path: _Part(index, shape_of(model, path), keep) for path, index in plan.items()}
+    parts = {path: Part(index, shape_of(model, path), keep) for path, index in plan.items()}
     count = 0
     with _gradients_to(model, parts, MEASURES[measure]):
         for batch in batches:
-            value = loss(model, batch) if loss is not None else _own_loss(model, batch)
-            if not isinstance(value, Tensor) or value.numel() != 1 or not bool(value.isfinite()):
-                raise ValueError(
-                    f"score: the loss of batch {count} is {value}; one finite number would be right"
-                )
-            value.backward()
+            loss_of("score", model, batch, loss, count).backward()
             count += 1
     if not count:
         raise ValueError("score: no batch came; at least one would be right")
@@ -99,12 +94,16 @@ def score(
     return Scores(model, unit, parts, heads, mean)
 
 
-def _own_loss(model: nn.Module, batch) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"score: a batch is a {type(batch).__name__}; a mapping, or loss=, would be right")
-    value = getattr(model(**batch), "loss", None)
+def loss_of(who: str, model: nn.Module, batch, loss: Callable | None, number: int) -> Tensor:
+    """The loss of one batch, the model's own or the caller's. Raises ValueError unless it is one finite
+    number."""
+    if loss is None and not isinstance(batch, Mapping):
+        raise ValueError(f"{who}: a batch is a {type(batch).__name__}; a mapping, or loss=, would be right")
+    value = getattr(model(**batch), "loss", None) if loss is None else loss(model, batch)
     if value is None:
-        raise ValueError("score: the model gave no loss; labels in the batch, or loss=, would be right")
+        raise ValueError(f"{who}: the model gave no loss; labels in the batch, or loss=, would be right")
+    if not isinstance(value, Tensor) or value.numel() != 1 or not bool(value.isfinite()):
+        raise ValueError(f"{who}: the loss of batch {number} is {value}; one finite number would be right")
     return value
 
 
@@ -112,7 +111,7 @@ def _every(shape: tuple[int, ...], like: Index) -> Index:
     return like._replace(at=torch.arange(shape[1] if like.kind == "columns" else shape[0]))
 
 
-class _Part:
+class Part:
     """The running sums of one tensor's units."""
 
     def __init__(self, index: Index | None, shape: tuple[int, ...], keep: float):
@@ -143,7 +142,7 @@ class _Part:
 
 
 @contextlib.contextmanager
-def _gradients_to(model: nn.Module, parts: dict[str, _Part], measure: Callable) -> Iterator[None]:
+def _gradients_to(model: nn.Module, parts: dict[str, Part], measure: Callable) -> Iterator[None]:
     """Inside, backward hands each scored tensor's gradient to its part, and keeps none."""
     own = own_tensors(model)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}

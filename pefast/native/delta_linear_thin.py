@@ -11,7 +11,7 @@ from pefast.native import WHY_NOT, C, rows_of, through_the_registry
 HERE = C is not None and C.thin_here()
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MASTERS = (torch.float32, torch.bfloat16)
-# from here on a waist is no thin product: PyTorch's is faster, and sums of so many terms in a row are less exact
+# from here on a waist is no thin product: PyTorch's is faster, and more exact for sums of so many terms
 WIDE_WAIST = 64
 
 

@@ -76,6 +76,10 @@ def _check(state, weights: Mapping[str, float], rank: int | None) -> None:
                 f" {', '.join(state.adapters[each])}; adapters of the same methods would be right"
             )
         for method in state.adapters[each].values():
+            if isinstance(method, LoRA) and method.bias:
+                raise ValueError(
+                    f"average: {each!r} is a LoRA with a bias of its own; LoRAs without would be right"
+                )
             if isinstance(method, LoRA) and method.dora:
                 raise ValueError(
                     f"average: {each!r} is a DoRA, whose lengths do not add up; LoRAs would be right"

@@ -31,6 +31,7 @@ CASES = {
         )
     ],
     "dora": [LoRA(rank=4, alpha=6, dora=True)],
+    "lora with a bias": [LoRA(rank=2, bias=True)],
     "pissa": [LoRA(rank=4, init="pissa")],
     "lora of words": [LoRA(rank=3, targets=["word_embeddings", "embed_tokens", "wte", "query", "o_proj"])],
     "ia3": [pefast.IA3()],

@@ -130,7 +130,12 @@ def _loras(host: nn.Module) -> list[Lora] | None:
         return None
     for name, index in host.router.turns:
         for delta in host.deltas[name].values() if name in host.deltas else ():
-            plain = type(delta) is LowRank and delta.activation == "identity" and delta.c is None
+            plain = (
+                type(delta) is LowRank
+                and delta.activation == "identity"
+                and delta.c is None
+                and delta.d is None
+            )
             if not plain or (delta.dropout and delta.training):
                 return None
             own = delta._parameters

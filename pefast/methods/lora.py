@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from pefast.formats import format_of
@@ -23,7 +24,7 @@ from pefast.methods.method import Method
 from pefast.methods.places import check_expression, deltas_of, pick_embeddings, pick_linears
 
 # what PEFT adds to a layer's path
-_OWN = re.compile(r"\.(lora_[AB]\.weight|lora_magnitude_vector|lora_embedding_[AB])$")
+_OWN = re.compile(r"\.(lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector|lora_embedding_[AB])$")
 # starts of PEFT that took something else out of the base model's weight than is known here
 _MOVED = ("corda", "loftq", "lora_ga")
 
@@ -42,6 +43,7 @@ class LoRA(Method):
     dropout     on x, its own mask for each layer
     dora        trains the length of each row of the weight apart from its direction
     init        "zero" (b is zero), "pissa" or "olora": where a and b start, methods/lora_start.py
+    bias        a bias d trains with b: scale · (dropout(x) aᵀ bᵀ + d); such a LoRA does not merge
     plus        LoRA+: the learning rate of b as a multiple of that of a, for pefast.parameter_groups
     ranks, alphas   {path: value} for layers that differ, as PEFT's rank_pattern and alpha_pattern
     """
@@ -55,13 +57,18 @@ class LoRA(Method):
     rslora: bool = False
     dora: bool = False
     init: str = "zero"
+    bias: bool = False
     plus: float = 1.0
     ranks: dict[str, int] | None = None
     alphas: dict[str, float] | None = None
 
     kind: ClassVar[str] = "lora"
     peft_types: ClassVar[tuple[str, ...]] = ("LORA",)
-    merges: ClassVar[bool] = True
+
+    @property
+    def merges(self) -> bool:
+        """Whether it is a change of the weight and nothing else."""
+        return not self.bias
 
     def check(self) -> None:
         """Raises ValueError for settings that no model could take."""
@@ -74,6 +81,10 @@ class LoRA(Method):
         if self.dora and self.init in STARTS:
             raise ValueError(
                 f"LoRA: init={self.init!r} and dora=True are not known together; one of them is right"
+            )
+        if self.bias and (self.dora or self.init in STARTS):
+            raise ValueError(
+                "LoRA: bias=True is known for a plain LoRA; without dora and with init='zero' is right"
             )
         if not isinstance(self.plus, Real) or not self.plus > 0:
             raise ValueError(f"LoRA: plus is {self.plus!r}; a factor above 0 would be right")
@@ -118,13 +129,18 @@ class LoRA(Method):
             return Directed(rank, weight, **settings)
         if self.init in STARTS:
             return Shifted(*factors(self.init, weight, rank, settings["scale"]), **settings)
-        return LowRank(rank, *weight.shape[::-1], **settings)
+        delta = LowRank(rank, *weight.shape[::-1], **settings)
+        if self.bias:
+            delta.d = nn.Parameter(torch.zeros(len(weight), device=weight.device, dtype=settings["dtype"]))
+        return delta
 
     def tensors(self, model: nn.Module, name: str, key: str) -> dict[str, Tensor]:
         """Its parameters under the names that the file gives them."""
         found = {}
         for path, delta in deltas_of(model, name, key):
             found |= dict(zip(file_names(path, delta), (delta.a, delta.b), strict=True))
+            if delta.d is not None:
+                found[f"base_model.model.{path}.lora_B.bias"] = delta.d
             if self.dora:
                 found[f"base_model.model.{path}.lora_magnitude_vector"] = delta.m
         return found
@@ -148,6 +164,7 @@ class LoRA(Method):
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
             "use_dora": self.dora,
+            "lora_bias": self.bias,
             **({"lora_plus": self.plus} if self.plus != 1 else {}),
             "bias": "none",
             "fan_in_fan_out": any(
@@ -174,7 +191,6 @@ class LoRA(Method):
         """The settings of a PEFT checkpoint. Raises ValueError for PEFT options that change the arithmetic
         and are not here."""
         for option in (
-            "lora_bias",
             "alora_invocation_tokens",
             "target_parameters",
             "layer_replication",
@@ -200,6 +216,7 @@ class LoRA(Method):
             targets=sorted(paths),
             rslora=config.get("use_rslora", False),
             dora=config.get("use_dora", False),
+            bias=config.get("lora_bias", False),
             init=next((known for known in STARTS if start.startswith(known)), "zero"),
             plus=config.get("lora_plus", 1.0),
             ranks=config.get("rank_pattern") or None,

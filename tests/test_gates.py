@@ -15,9 +15,7 @@ def moved_rows(family="llama", rows=(3, 17)):
     twin, fed = build(family), inputs(family)
     with torch.no_grad():
         weight = twin.get_submodule(TARGET).weight
-        weight[list(rows)] += (
-            torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)) * 0.3
-        )
+        weight[list(rows)] += torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0))
     right = logits(twin, **fed)
     return lambda model, batch: (model(**fed).logits - right).square().mean()
 
@@ -35,13 +33,10 @@ def test_gates_are_drawn_as_often_open_as_their_chance_says():
 def test_the_gates_of_the_rows_that_matter_stay_open():
     model, loss = build("llama"), moved_rows()
     before = snapshot(model)
-    scores = pefast.learn_gates(
-        model, range(150), loss, targets=[TARGET], penalty=0.3, lr=0.02, gate_lr=0.1, seed=1
-    )
+    scores = pefast.learn_gates(model, range(100), loss, targets=[TARGET], lr=0.05)
     assert_as_it_was(model, before)
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert set(scores.values.topk(2).indices.tolist()) == {3, 17}
-    plan = scores.choose(budget=2 * int(scores.sizes[0]))
+    plan = scores.choose(threshold=0.5)
     assert plan[f"{TARGET}.weight"].at.tolist() == [3, 17]
     pefast.attach(model, pefast.Subnetwork(mask=plan))
     values = pefast.model.parameters_of(model, "default")

@@ -43,7 +43,7 @@ def learn_gates(
     loss: Callable[[nn.Module, object], Tensor] | None = None,
     *,
     unit: str = "row",
-    penalty: float = 1.0,
+    penalty: float = 0.01,
     lr: float = 1e-3,
     gate_lr: float = 0.1,
     targets: str | Sequence[str] = "all-linear",
@@ -54,8 +54,8 @@ def learn_gates(
 ) -> Scores:
     """How likely each unit's gate is to stay open, after one step of AdamW on each of the batches.
 
-    batches and loss are those of pefast.score. `penalty` is λ, the price of opening all gates; lr is that of
-    the changes, gate_lr that of the gates. unit is row, column, head or tile. The model is afterwards as it
+    batches and loss are those of pefast.score. `penalty` is λ, the price of all gates open: too high, and all
+    of them shut. lr is that of the changes, gate_lr that of the gates. unit is row, column, head or tile. The model is afterwards as it
     was; `choose(threshold=0.5)` of the result keeps the gates that are rather open than shut.
 
     Raises ValueError for settings that cannot be, without a batch, or where the loss is not a finite number.

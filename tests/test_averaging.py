@@ -39,6 +39,16 @@ def test_loras_of_other_ranks_and_places_sum_exactly(family):
         assert all(torch.equal(parameters_of(model, name)[key], value) for key, value in values.items())
 
 
+def test_tables_of_words_sum_too():
+    method = LoRA(rank=2, alpha=3, targets=["embed_tokens", "q_proj"])
+    model, fed = with_two("llama", method, method), inputs("llama")
+    one, two = dense(model, "one"), dense(model, "two")
+    pefast.average(model, {"one": 0.5, "two": 0.5})
+    for path, got in dense(model, "mix").items():
+        assert_close(got, 0.5 * one[path] + 0.5 * two[path])
+    assert "model.embed_tokens" in one and logits(model, **fed).isfinite().all()
+
+
 def test_an_average_of_one_adapter_computes_the_same(tmp_path):
     model, fed = with_two("bert", LoRA(rank=2), LoRA(rank=2)), inputs("bert")
     right = logits(model, **fed)
@@ -73,6 +83,7 @@ def test_others_are_averaged_parameter_by_parameter():
 REFUSED = {
     "other methods": (LoRA(rank=2), Adapter(size=2), {}, ["'one' has lora", "'two' has adapter"]),
     "other sizes": (Adapter(size=2), Adapter(size=3), {}, ["Adapter", "different settings"]),
+    "a LoRA with a bias": (LoRA(rank=2), LoRA(rank=2, bias=True), {}, ["'two'", "bias"]),
     "a DoRA": (LoRA(rank=2), LoRA(rank=2, dora=True), {}, ["'two' is a DoRA"]),
 }
 

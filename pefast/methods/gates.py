@@ -55,8 +55,8 @@ def learn_gates(
     """How likely each unit's gate is to stay open, after one step of AdamW on each of the batches.
 
     batches and loss are those of pefast.score. `penalty` is λ, the price of all gates open: too high, and all
-    of them shut. lr is that of the changes, gate_lr that of the gates. unit is row, column, head or tile. The model is afterwards as it
-    was; `choose(threshold=0.5)` of the result keeps the gates that are rather open than shut.
+    of them shut. lr is that of the changes, gate_lr that of the gates. unit is row, column, head or tile. The
+    model is afterwards as it was; `choose(threshold=0.5)` of the result keeps what is rather open than shut.
 
     Raises ValueError for settings that cannot be, without a batch, or where the loss is not a finite number.
     """

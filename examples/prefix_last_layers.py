@@ -16,9 +16,9 @@ import pefast
 from pefast import recipe, training
 
 RECIPE = Path(__file__).parent / "recipes" / "movie_reviews.yaml"
-PREFIX, LAYERS = pefast.Prefix(tokens=10), pefast.Layers(last=2)
+PREFIX, LAYERS = pefast.Prefix(tokens=10, init="vocabulary"), pefast.Layers(last=2)
 WAYS = {"prefix": [PREFIX], "the last two layers": [LAYERS], "both": [PREFIX, LAYERS]}
-# vectors that begin at random want larger steps than layers that know the language
+# a few vectors want larger steps than layers that know the language
 RATES = {"prefix": {"lr": 3e-2}, "layers": {"lr": 1e-4}, "head": {"lr": 1e-3}}
 console = Console(highlight=False)
 

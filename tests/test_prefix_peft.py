@@ -54,11 +54,14 @@ def test_a_prefix_of_peft_comes_and_goes(family, hidden, tmp_path):
     assert not torch.allclose(right, logits(build(family), **fed), atol=1e-4)
 
     ours = pefast.load(build(family), tmp_path / "peft")
-    assert_close(logits(ours, **fed), right, 1e-6)
+    assert_close(logits(ours, **fed), right)
+    # PyTorch's own attention is given the same numbers
+    with pefast.backend("eager"):
+        assert_close(logits(ours, **fed), right, 1e-6)
     pefast.save(ours, tmp_path / "pefast")
     assert_same_tensors(tensors(tmp_path / "pefast"), tensors(tmp_path / "peft"))
     again = peft.PeftModel.from_pretrained(build(family), tmp_path / "pefast").eval()
-    assert_close(logits(again, **fed), right, 1e-6)
+    assert_close(logits(again, **fed), right)
 
 
 @pytest.mark.parametrize("hidden", [False, 6], ids=["plain", "network"])
@@ -72,7 +75,7 @@ def test_a_prefix_of_pefast_goes_to_peft(family, hidden, tmp_path):
     assert own == {"prompt_embeddings"}
     assert (folder / "resume.safetensors").exists() == bool(hidden)
     theirs = peft.PeftModel.from_pretrained(build(family), folder).eval()
-    assert_close(logits(theirs, **fed), logits(ours, **fed), 1e-6)
+    assert_close(logits(theirs, **fed), logits(ours, **fed))
 
 
 @every_family
@@ -97,7 +100,7 @@ def test_gradients_are_those_of_peft(family, folders):
     ours, fed = pefast.load(build(family), folder), inputs(family)
     loss, got = step(ours, fed)
     right_loss, right = step(theirs.eval(), fed)
-    assert_close(loss, right_loss, 1e-6)
+    assert_close(loss, right_loss)
     name = next(name for name in got if "prefixes" in name)
     assert_close(got[name], right["prompt_encoder.default.embedding.weight"])
     if family == "bert":
@@ -116,10 +119,10 @@ def test_with_padding_and_given_positions(family, side, folders):
         fed |= {key: fed[key].flip(1) for key in ("input_ids", "attention_mask")}
     if side == "none":
         fed["attention_mask"] = None
-    assert_close(logits(ours, **fed), logits(theirs, **fed), 1e-6)
+    assert_close(logits(ours, **fed), logits(theirs, **fed))
     if family in ("gpt2", "llama"):
         fed["position_ids"] = torch.arange(2, 11).expand(3, -1)
-        assert_close(logits(ours, **fed), logits(theirs, **fed), 1e-6)
+        assert_close(logits(ours, **fed), logits(theirs, **fed))
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -132,7 +135,7 @@ def test_generation_is_that_of_peft(family, beams, folders):
     got, right = (model.generate(**fed, **options) for model in (ours, theirs))
     assert torch.equal(got.sequences, right.sequences)
     for mine, other in zip(got.logits, right.logits, strict=True):
-        assert_close(mine, other, 1e-5)
+        assert_close(mine, other)
 
 
 def test_positions_of_a_roberta_are_those_of_peft(tmp_path):
@@ -149,7 +152,7 @@ def test_positions_of_a_roberta_are_those_of_peft(tmp_path):
     ids[0, -3:] = config.pad_token_id
     fed = {"input_ids": ids, "attention_mask": (ids != config.pad_token_id).long()}
     right = logits(theirs, **fed)
-    assert_close(logits(pefast.load(fresh, tmp_path), **fed), right, 1e-6)
+    assert_close(logits(pefast.load(fresh, tmp_path), **fed), right)
 
 
 def test_a_t5_of_peft_trains_half_of_its_prefix(folders):
@@ -169,7 +172,7 @@ def test_the_prefix_of_a_hybrid_is_a_folder_of_peft(tmp_path):
     theirs = peft.PeftModel.from_pretrained(build("llama"), folder / "prefix").eval()
     alone = pefast.load(build("llama"), folder / "prefix")
     fed = inputs("llama")
-    assert_close(logits(alone, **fed), logits(theirs, **fed), 1e-6)
+    assert_close(logits(alone, **fed), logits(theirs, **fed))
     # the network came with the second file, and trains on
     names = {name.rsplit("default.", 1)[-1] for name in trained(alone)}
     assert names == {

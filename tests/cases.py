@@ -66,6 +66,12 @@ DROPPING = {
     "lora": [LoRA(rank=4, dropout=0.3)],
     "adapter parallel": [Adapter(size=6, dropout=0.3)],
     "adapter serial": [Adapter(size=6, dropout=0.3, parallel=False)],
+    "dora": [LoRA(rank=4, dropout=0.3, dora=True)],
+    "pissa": [LoRA(rank=4, dropout=0.3, init="pissa")],
+    "adapter on the stream": [
+        Adapter(size=6, dropout=0.3, parallel=False, reads="stream", norm="in", activation="silu")
+    ],
+    "adapter around modules": [Adapter(size=5, dropout=0.3, modules=["attention", "mlp", "DenseReluDense"])],
     "hybrid": [LoRA(rank=4, dropout=0.3), Adapter(size=6, dropout=0.3), Prompt(tokens=3)],
     "hybrid with prefix": [LoRA(rank=4, dropout=0.3), Adapter(size=6), Prefix(tokens=3, reparameterize=4)],
 }

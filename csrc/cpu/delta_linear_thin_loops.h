@@ -33,6 +33,9 @@ struct Free {
 };
 using Floats = std::unique_ptr<float[], Free>;
 
+// words of the masks of a block of rows: the last register of the last row may ask beyond its columns
+inline int64_t mask_size(int64_t ld_keep) { return ROWS * ld_keep + WIDE * W / 32 + 1; }
+
 inline Floats floats(int64_t count) {
     void* memory = std::aligned_alloc(64, rounded_up(std::max<int64_t>(count, 1) * 4, 64));
     if (!memory) throw std::bad_alloc();
@@ -222,7 +225,7 @@ void forward(const ThinForward<T>& f, int threads) {
     copy_factor(lora.b, f.N, R, true, lora.scale, q.get(), R, ldq);
     shared_rows(f.M, threads, [&](int64_t, int64_t begin, int64_t end) {
         const Floats u = floats((ROWS + TALL) * ldu), near = floats(TALL * STRETCH);
-        std::vector<uint32_t> keep(lora.dropout ? ROWS * ld_keep : 0);
+        std::vector<uint32_t> keep(lora.dropout ? mask_size(ld_keep) : 0);
         for (int64_t row = begin; row < end; row += ROWS) {
             const int64_t rows = std::min(end - row, ROWS);
             fetch(f.y + row * f.N, f.N, rows, f.N);
@@ -283,7 +286,7 @@ class Backward {
     // one share of the rows, into sums of its own
     void rows(int64_t share, int64_t begin, int64_t end) const {
         const Floats u = floats((ROWS + TALL) * ldu), h = floats(ROWS * ldu), near = floats(TALL * STRETCH);
-        std::vector<uint32_t> keep(dropout ? ROWS * ld_keep : 0);
+        std::vector<uint32_t> keep(dropout ? mask_size(ld_keep) : 0);
         for (int64_t row = begin; row < end; row += ROWS) {
             const int64_t count = std::min(end - row, ROWS);
             if (g.dx) fetch(g.dx + row * g.K, g.K, count, g.K);

@@ -1,0 +1,186 @@
+// delta_linear in fp32 and without tiles, over random shapes against plain loops. How to build: tests/test_sanitizers.py.
+#include "../cpu/delta_linear_fp32.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <vector>
+
+#include "../cpu/delta_linear_thin.h"
+#include "../cpu/isa.h"
+#include "guarded.h"
+
+using namespace pefast;
+
+namespace {
+
+// Sizes of one case, and its factors.
+template <class T>
+struct Case {
+    int64_t M = any(0, 9) ? any(0, 80) : any(0, 700), N = any(1, 150), K = any(1, 300), R = any(1, 40);
+    int64_t ldx = K + any(0, 1) * any(0, 40), lddy = N + any(0, 1) * any(0, 40);
+    bool given = false, wild = !any(0, 4);
+    double p = any(0, 1) ? 0.3 : 0;
+    Guarded<T> x, dy, w;
+    Guarded<float> a, b, bias;
+
+    Case()
+        : x(M ? (M - 1) * ldx + K : 0),
+          dy(M ? (M - 1) * lddy + N : 0),
+          w(N * K),
+          a(R * K),
+          b(N * R),
+          bias(N) {
+        fill(x.at, M, K, ldx), fill(dy.at, M, N, lddy), fill(w.at, N, K, K);
+        fill(a.at, R, K, K), fill(b.at, N, R, R), fill(bias.at, 1, N, N);
+        const float worst[] = {NAN, INFINITY, -INFINITY, 3.4e38f, 1e-42f, -0.0f};
+        for (int i = 0; wild && M && i < 3; ++i)
+            narrow(worst[any(0, 5)], &x[any(0, M - 1) * ldx + any(0, K - 1)]);
+    }
+
+    LowRank lora() const {
+        return {given ? nullptr : a.at,         b.at, R, 0.5f, p > 0, make_draw(p, 12345678901, 0),
+                static_cast<float>(1 / (1 - p))};
+    }
+
+    double kept(int64_t m, int64_t k) const {
+        if (!p) return 1;
+        uint32_t c[4] = {static_cast<uint32_t>(k / 128 * 16 + k % 32 / 2), static_cast<uint32_t>(m), 0, 0};
+        const Draw draw = lora().draw;
+        philox(c, draw.key[0], draw.key[1]);
+        return (c[k % 128 / 32] >> (16 * (k % 2)) & 0xffff) >= draw.threshold ? 1 / (1 - p) : 0;
+    }
+
+    // the formula of y and of dx, one number each; h as the kernel stored it
+    double y_of(int64_t m, int64_t n, const T* h) const {
+        double y = 0;
+        for (int64_t k = 0; k < K; ++k)
+            y += widen(x.at[m * ldx + k]) * static_cast<double>(widen(w.at[n * K + k]));
+        for (int64_t r = 0; r < R; ++r) y += 0.5 * widen(h[m * R + r]) * b.at[n * R + r];
+        return y;
+    }
+
+    double dx_of(int64_t m, int64_t k) const {
+        double dx = 0;
+        for (int64_t n = 0; n < N; ++n) {
+            double through = widen(w.at[n * K + k]);
+            for (int64_t r = 0; !given && r < R; ++r)
+                through += kept(m, k) * 0.5 * b.at[n * R + r] * static_cast<double>(a.at[r * K + k]);
+            dx += widen(dy.at[m * lddy + n]) * through;
+        }
+        return dx;
+    }
+};
+
+template <class T>
+bool same_bits(const Guarded<T>& got, int64_t count, std::vector<T>& first, bool begins) {
+    if (begins) first.assign(got.at, got.at + count);
+    return !count || !std::memcmp(got.at, first.data(), count * sizeof(T));
+}
+
+// what was computed, close to the formula at some places and, where numbers are tame, nowhere left out
+template <class T>
+bool close(const Case<T>& c, Guarded<T>& y, Guarded<T>& h, Guarded<T>* dx, double bound) {
+    for (int i = 0; c.M && !c.wild && i < 4; ++i) {
+        const int64_t m = any(0, c.M - 1), n = any(0, c.N - 1), k = any(0, c.K - 1);
+        const double size = 1 + std::sqrt(c.K) * (1 + std::sqrt(c.R)) * std::sqrt(c.N);
+        if (!(std::abs(widen(y[m * c.N + n]) - c.y_of(m, n, h.at)) <= bound * size)) return false;
+        if (dx && !(std::abs(widen((*dx)[m * c.K + k]) - c.dx_of(m, k)) <= bound * size)) return false;
+    }
+    return true;
+}
+
+bool parts_case() {
+    Case<float> c;
+    c.given = !any(0, 3);
+    const int parts = any(0, 1) ? 1 : 3;
+    Guarded<bf16> for_y(fp32_packed_size(c.K, c.N, parts)), for_dx(fp32_packed_size(c.N, c.K, parts));
+    delta_linear_fp32_pack(c.w.at, 1, c.K, c.K, c.N, parts, for_y.at, 1);
+    delta_linear_fp32_pack(c.w.at, c.K, 1, c.N, c.K, parts, for_dx.at, 2);
+    std::vector<float> first[6];
+    for (int threads : {1, 2, 3, 5}) {
+        Guarded<float> y(c.M * c.N), h(c.M * c.R), dx(c.M * c.K), dh(c.M * c.R), da(c.R * c.K), db(c.N * c.R);
+        if (c.given) std::fill_n(h.at, c.M * c.R, 0.25f);
+        const LowRank lora = c.lora();
+        delta_linear_fp32_forward({c.M, c.N, c.K, c.x.at, c.ldx, for_y.at, lora, nullptr, y.at, h.at}, parts,
+                                  threads);
+        delta_linear_fp32_backward({c.M, c.N, c.K, c.x.at, c.ldx, c.dy.at, c.lddy, h.at, for_dx.at, lora,
+                                    dx.at, c.given ? dh.at : nullptr, c.given ? nullptr : da.at, db.at},
+                                   parts, threads);
+        if (threads == 1 && !close(c, y, h, &dx, parts == 1 ? 0.05 : 1e-5)) return false;
+        const bool begins = threads == 1;
+        const bool same =
+            same_bits(y, c.M * c.N, first[0], begins) && same_bits(h, c.M * c.R, first[1], begins) &&
+            same_bits(dx, c.M * c.K, first[2], begins) && same_bits(db, c.N * c.R, first[3], begins) &&
+            (c.given ? same_bits(dh, c.M * c.R, first[4], begins)
+                     : same_bits(da, c.R * c.K, first[5], begins));
+        if (!same) return false;
+        for (int64_t i = 0; !c.wild && i < c.N * c.R; ++i)
+            if (!(db[i] == db[i])) return false;  // a number not written is a NaN
+    }
+    return true;
+}
+
+template <class T>
+bool thin_case() {
+    Case<T> c;
+    std::vector<T> first[3];
+    std::vector<float> first_a, first_b;
+    for (int threads : {1, 2, 3, 5}) {
+        Guarded<T> y(c.M * c.N), h(c.M * c.R), dx(c.M * c.K);
+        Guarded<float> da(c.R * c.K), db(c.N * c.R);
+        // the library's products, in plain loops
+        Case<T>& plain = c;
+        for (int64_t m = 0; m < c.M; ++m) {
+            for (int64_t n = 0; n < c.N; ++n) {
+                double sum = 0;
+                for (int64_t k = 0; k < c.K; ++k)
+                    sum += widen(plain.x[m * c.ldx + k]) * static_cast<double>(widen(plain.w[n * c.K + k]));
+                narrow(static_cast<float>(sum), &y[m * c.N + n]);
+            }
+            for (int64_t k = 0; k < c.K; ++k) {
+                double sum = 0;
+                for (int64_t n = 0; n < c.N; ++n)
+                    sum += widen(plain.dy[m * c.lddy + n]) * static_cast<double>(widen(plain.w[n * c.K + k]));
+                narrow(static_cast<float>(sum), &dx[m * c.K + k]);
+            }
+        }
+        const LowRank lora = c.lora();
+        delta_linear_thin_forward<T>({c.M, c.N, c.K, c.x.at, c.ldx, lora, y.at, h.at}, threads);
+        delta_linear_thin_backward<T>(
+            {c.M, c.N, c.K, c.x.at, c.ldx, c.dy.at, c.lddy, h.at, lora, dx.at, da.at, db.at}, threads);
+        if (threads == 1 && !close(c, y, h, &dx, sizeof(T) == 2 ? 0.05 : 1e-5)) return false;
+        const bool begins = threads == 1;
+        if (!(same_bits(y, c.M * c.N, first[0], begins) && same_bits(h, c.M * c.R, first[1], begins) &&
+              same_bits(dx, c.M * c.K, first[2], begins) && same_bits(da, c.R * c.K, first_a, begins) &&
+              same_bits(db, c.N * c.R, first_b, begins)))
+            return false;
+        for (int64_t i = 0; !c.wild && i < c.N * c.R; ++i)
+            if (!(db[i] == db[i])) return false;
+    }
+    return true;
+}
+
+bool one_case() {
+    if (delta_linear_fp32_here() && !parts_case()) return std::puts("in parts"), false;
+    for (const char* level : {"avx2", "avx512"}) {
+        bool there = false;
+        for (Isa each : isa_levels()) there = there || !std::strcmp(isa_name(each), level);
+        if (!there) continue;
+        use_isa(level);
+        const bool right = any(0, 1) ? thin_case<float>() : thin_case<bf16>();
+        use_isa("");
+        if (!right) return std::printf("beside a library's product, %s\n", level), false;
+    }
+    return true;
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    const int cases = count > 1 ? std::atoi(words[1]) : 100;
+    for (int i = 0; i < cases; ++i)
+        if (!one_case()) return std::printf("case %d is wrong\n", i), 1;
+    std::printf("%d cases\n", cases);
+}

@@ -90,12 +90,13 @@ using Parameter = std::pair<uintptr_t, bool>;
 // a, b, c, d; h; R; scale; activation; p; stream; whether rows are chosen, and by which id
 using SegmentWords = std::tuple<std::array<Parameter, 4>, uintptr_t, int64_t, float, std::string, double,
                                 uint32_t, bool, int64_t>;
-// w, its strides and mark; packed; N; bias, gain; y, u; segments
+// w, its strides and mark; packed; N; bias, gain; y, u; seed; segments
 using ForwardWords = std::tuple<uintptr_t, int64_t, int64_t, uint64_t, uintptr_t, int64_t, Parameter,
-                                Parameter, uintptr_t, uintptr_t, std::vector<SegmentWords>>;
-// packed; N; gain; dy, lddy; u; dbias, dgain; segments, and da, db, dc, dd, dh of each
-using BackwardWords = std::tuple<uintptr_t, int64_t, Parameter, uintptr_t, int64_t, uintptr_t, uintptr_t,
-                                 uintptr_t, std::vector<SegmentWords>, std::vector<std::array<uintptr_t, 5>>>;
+                                Parameter, uintptr_t, uintptr_t, uintptr_t, std::vector<SegmentWords>>;
+// packed; N; gain; dy, lddy; u; dbias, dgain; seed; segments, and da, db, dc, dd, dh of each
+using BackwardWords =
+    std::tuple<uintptr_t, int64_t, Parameter, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+               std::vector<SegmentWords>, std::vector<std::array<uintptr_t, 5>>>;
 
 Master master(const Parameter& p) { return {at<void>(p.first), p.second}; }
 
@@ -118,13 +119,13 @@ std::vector<Segment> segments(const std::vector<SegmentWords>& all, int64_t M, i
 }
 
 // -1, or nothing done and which of the weights is no longer what was packed
-int siblings_forward_door(uintptr_t x, int64_t ldx, int64_t M, int64_t K, uintptr_t ids, uintptr_t seed,
-                          uintptr_t waist, const std::vector<ForwardWords>& all, int threads) {
+int siblings_forward_door(uintptr_t x, int64_t ldx, int64_t M, int64_t K, uintptr_t ids, uintptr_t waist,
+                          const std::vector<ForwardWords>& all, int threads) {
     DeltaForward call;
     call.M = M, call.K = K, call.x = at<const bf16>(x), call.ldx = ldx, call.ids = at<const int64_t>(ids);
     call.waist = at<bf16>(waist);
     check_matrix("delta_linear", "x", at<void>(x), M, K, ldx);
-    for (const auto& [w, stride_n, stride_k, mark, packed, N, bias, gain, y, u, words] : all) {
+    for (const auto& [w, stride_n, stride_k, mark, packed, N, bias, gain, y, u, seed, words] : all) {
         check_sizes(M, N, K, 1, 0, threads);
         if (weight_mark(at<const bf16>(w), stride_n, stride_k, N, K) != mark)
             return static_cast<int>(call.siblings.size());
@@ -138,14 +139,13 @@ int siblings_forward_door(uintptr_t x, int64_t ldx, int64_t M, int64_t K, uintpt
     return -1;
 }
 
-void siblings_backward_door(uintptr_t x, int64_t ldx, int64_t M, int64_t K, uintptr_t ids, uintptr_t seed,
-                            uintptr_t waist, uintptr_t dx, const std::vector<BackwardWords>& all,
-                            int threads) {
+void siblings_backward_door(uintptr_t x, int64_t ldx, int64_t M, int64_t K, uintptr_t ids, uintptr_t waist,
+                            uintptr_t dx, const std::vector<BackwardWords>& all, int threads) {
     DeltaBackward call;
     call.M = M, call.K = K, call.x = at<const bf16>(x), call.ldx = ldx, call.ids = at<const int64_t>(ids);
     call.waist = at<const bf16>(waist), call.dx = at<bf16>(dx);
     if (x) check_matrix("delta_linear", "x", at<void>(x), M, K, ldx);
-    for (const auto& [packed, N, gain, dy, lddy, u, dbias, dgain, words, gradients] : all) {
+    for (const auto& [packed, N, gain, dy, lddy, u, dbias, dgain, seed, words, gradients] : all) {
         check_sizes(M, N, K, 1, 0, threads);
         check_matrix("delta_linear", "dy", at<void>(dy), M, N, lddy);
         check(words.size() == gradients.size(), "delta_linear: there are ", words.size(), " segments and ",

@@ -15,15 +15,16 @@ _HERE = C is not None and C.delta_linear_here()
 _MASTERS = (torch.float32, torch.bfloat16)
 
 
-class Asked(NamedTuple):
-    """Which gradients are asked for; a part has bias, gain and segments."""
+class Siblings(NamedTuple):
+    """A call, or what is asked for of it: the fields of Call and Needs of pefast/ops/sibling_linear.py."""
 
-    x: bool
+    x: Tensor | bool | None
     parts: tuple
 
 
-def refuse(x: Tensor, parts) -> str:
-    """Why csrc cannot compute these siblings of x, or "". A part has w, bias, gain and segments."""
+def refuse(call) -> str:
+    """Why csrc cannot run this call, or ""."""
+    x, parts = call
     if not _HERE:
         return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
     for part in parts:
@@ -60,28 +61,39 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def forward(x: Tensor, parts, ids: Tensor | None, seed: Tensor | None):
-    """y [M, N] of each part; the waist [M, all ranks], before the activations; u [M, N] of each or None."""
+def decline(call) -> str:
+    """Why another hand is faster, or ""."""
+    for part in call.parts:
+        w = part.w
+        if not isinstance(w, torch.nn.Parameter) and not isinstance(w._base, torch.nn.Parameter):
+            return "packs a weight once for many calls, and one is no parameter: it may live for one call"
+    return ""
+
+
+def forward(call) -> tuple[list[Tensor], list[Tensor | None]]:
+    """y [M, N] of each part; the waist [M, all ranks] before the activations, and u of each or None."""
+    x, parts = call
     keep_u = [part.gain is not None and part.gain.requires_grad for part in parts]
     run = torch.ops.pefast.siblings_forward if through_the_registry(x) else _forward
-    made = run(x, *_flat(parts), ids, seed, keep_u)
+    made = run(x, *_flat(parts), keep_u)
     count = len(parts)
     us = [u if keep else None for u, keep in zip(made[count + 1 :], keep_u, strict=True)]
-    return made[:count], made[count], us
+    return made[:count], [made[count], *us]
 
 
-def backward(x: Tensor | None, parts, ids, seed, waist: Tensor, us, dys, needs: Asked):
-    """dx of all parts together, and (dbias, dgain, [(da, db, dc, dd, dh)]) of each; None: not needed."""
+def backward(call, saved, dys, needs):
+    """dx of all parts together, and (dw, dbias, dgain, [(da, db, dc, dd, dh)]) of each; None: not needed."""
+    (x, parts), (waist, *us) = call, saved
     asked = []
     for need in needs.parts:
         asked += [need.bias, need.gain, *(n for five in need.segments for n in five)]
     run = torch.ops.pefast.siblings_backward if through_the_registry(dys[0]) else _backward
-    dx, *made = run(list(dys), x, *_flat(parts), ids, seed, waist, list(us), needs.x, asked)
+    dx, *made = run(list(dys), x, *_flat(parts), waist, us, needs.x, asked)
     made = iter([t if wanted else None for t, wanted in zip(made, asked, strict=True)])
     gradients = []
     for part in parts:
         dbias, dgain = next(made), next(made)
-        gradients.append((dbias, dgain, [tuple(next(made) for _ in range(5)) for _ in part.segments]))
+        gradients.append((None, dbias, dgain, [tuple(next(made) for _ in range(5)) for _ in part.segments]))
     return dx if needs.x else None, gradients
 
 
@@ -99,11 +111,13 @@ def _flat(parts) -> tuple:
         [float(s.dropout) for s in segments],
         [s.adapter is not None for s in segments],
         [s.adapter or 0 for s in segments],
+        next((part.ids for part in parts if part.ids is not None), None),
+        [part.seed for part in parts],
     )
 
 
 def _forward(
-    x, ws, biases, gains, counts, tensors, scales, activations, rates, routed, adapters, ids, seed, keep_u
+    x, ws, biases, gains, counts, tensors, scales, activations, rates, routed, adapters, ids, seeds, keep_u
 ):
     _check_here()
     x, kept = rows_of(x), []
@@ -113,16 +127,18 @@ def _forward(
     us = [x.new_empty((m, w.shape[0]) if keep else 0) for w, keep in zip(ws, keep_u, strict=True)]
     waist = x.new_empty((m, sum(a.shape[0] for a in tensors[::5] if a is not None)))
     ids = None if ids is None else _plain(ids)
-    shared = (_address(ids), _address(seed), waist.data_ptr())
+    shared = (_address(ids), waist.data_ptr())
     while True:
         calls = []
-        for w, bias, gain, y, u, keep, own in zip(ws, biases, gains, ys, us, keep_u, words, strict=True):
+        for w, bias, gain, y, u, keep, seed, own in zip(
+            ws, biases, gains, ys, us, keep_u, seeds, words, strict=True
+        ):
             pack, mark = packed_weight(w, False)
             kept.append(pack)
             parameters = (_parameter(bias, kept), _parameter(gain, kept))
             results = (y.data_ptr(), u.data_ptr() if keep else 0)
             place = (w.data_ptr(), *w.stride(), mark, pack.data_ptr(), w.shape[0])
-            calls.append((*place, *parameters, *results, own))
+            calls.append((*place, *parameters, *results, _address(seed), own))
         stale = C.siblings_forward(x.data_ptr(), _ld(x), m, k, *shared, calls, torch.get_num_threads())
         if stale < 0:
             return [*ys, waist, *us]
@@ -130,7 +146,7 @@ def _forward(
 
 
 def _backward(
-    dys, x, ws, biases, gains, counts, tensors, scales, activations, rates, routed, adapters, ids, seed,
+    dys, x, ws, biases, gains, counts, tensors, scales, activations, rates, routed, adapters, ids, seeds,
     waist, us, need_x, asked,
 ):  # fmt: skip
     _check_here()
@@ -146,15 +162,16 @@ def _backward(
     ]
     addresses = iter([t.data_ptr() if wanted else 0 for t, wanted in zip(made, asked, strict=True)])
     calls = []
-    for w, gain, dy, u, own in zip(ws, gains, dys, us, words, strict=True):
+    for w, gain, dy, u, seed, own in zip(ws, gains, dys, us, seeds, words, strict=True):
         pack = packed_weight(w, True)[0] if need_x else dx
         dy = rows_of(dy)
         kept += (pack, dy)
         given = (pack.data_ptr(), w.shape[0], _parameter(gain, kept), dy.data_ptr(), _ld(dy), _address(u))
         results = (next(addresses), next(addresses))
-        calls.append((*given, *results, own, [[next(addresses) for _ in range(5)] for _ in own]))
+        gradients = [[next(addresses) for _ in range(5)] for _ in own]
+        calls.append((*given, *results, _address(seed), own, gradients))
     ids, waist = None if ids is None else _plain(ids), _plain(waist)
-    shared = (_address(ids), _address(seed), waist.data_ptr(), dx.data_ptr() if need_x else 0)
+    shared = (_address(ids), waist.data_ptr(), dx.data_ptr() if need_x else 0)
     on_x = (_address(x), 0 if x is None else _ld(x))
     C.siblings_backward(*on_x, m, k, *shared, calls, torch.get_num_threads())
     return [dx, *(_in_dtype(t, like) for t, (like, _) in zip(made, likes, strict=True))]
@@ -178,6 +195,8 @@ def _in_dtype(gradient: Tensor, like: Tensor | None) -> Tensor:
 def _segment_words(counts, tensors, scales, activations, rates, routed, adapters, kept):
     """Each part's segments as csrc takes them; `kept` gets the tensors whose addresses they hold."""
     words = []
+    # a segment's stream of dropout is its number in its own part
+    streams = [stream for count in counts for stream in range(count)]
     for i, scale in enumerate(scales):
         a, b, c, d, h = tensors[5 * i : 5 * i + 5]
         rank = b.shape[1]
@@ -185,7 +204,7 @@ def _segment_words(counts, tensors, scales, activations, rates, routed, adapters
             h = _plain(h.reshape(-1, rank))
             kept.append(h)
         parameters = [_parameter(t, kept) for t in (a, b, c, d)]
-        own = (scale, activations[i], rates[i], i, routed[i], adapters[i])
+        own = (scale, activations[i], rates[i], streams[i], routed[i], adapters[i])
         words.append((parameters, _address(h), rank, *own))
     begins = [sum(counts[:i]) for i in range(len(counts))]
     return [words[begin : begin + count] for begin, count in zip(begins, counts, strict=True)]
@@ -229,7 +248,7 @@ def _check_here() -> None:
 
 _PARTS = (
     "Tensor[] w, Tensor?[] bias, Tensor?[] gain, int[] counts, Tensor?[] tensors, float[] scales,"
-    " str[] activations, float[] rates, bool[] routed, int[] adapters, Tensor? ids, Tensor? seed"
+    " str[] activations, float[] rates, bool[] routed, int[] adapters, Tensor? ids, Tensor?[] seeds"
 )
 _LIBRARY = torch.library.Library("pefast", "FRAGMENT")
 _LIBRARY.define(f"siblings_forward(Tensor x, {_PARTS}, bool[] keep_u) -> Tensor[]")

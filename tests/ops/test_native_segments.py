@@ -271,14 +271,14 @@ def test_the_operators_pass_opcheck():
     skip_where_refused(t, everything)
     call = everything(t)
     x, w = t("x", 9, 33, kind=torch.bfloat16), t("w", 20, 33, kind=torch.bfloat16)
-    part = Call(x, w, call["bias"], call["gain"], None, None, call["segments"])
-    given = (x, *sibling_linear._flat((part,)), call["ids"], SEED, [True])
+    part = Call(x, w, call["bias"], call["gain"], call["ids"], SEED, call["segments"])
+    given = (x, *sibling_linear._flat((part,)), [True])
     torch.library.opcheck(torch.ops.pefast.siblings_forward.default, given)
-    (y,), waist, _ = sibling_linear.forward(x, (part,), call["ids"], SEED)
+    (y,), (waist, _) = sibling_linear.forward(sibling_linear.Siblings(x, (part,)))
     asked = [True] * (2 + 5 * len(part.segments))
     for i, s in enumerate(part.segments):
         asked[2 + 5 * i : 7 + 5 * i] = [v is not None for v in (s.a, s.b, s.c, s.d, s.h)]
-    given = ([y], x, *sibling_linear._flat((part,)), call["ids"], SEED, waist, [y], True, asked)
+    given = ([y], x, *sibling_linear._flat((part,)), waist, [y], True, asked)
     torch.library.opcheck(torch.ops.pefast.siblings_backward.default, given)
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from pefast import dispatch
 from pefast.formats import format_of
-from pefast.layers import attention
+from pefast.layers import attention, siblings
 from pefast.layers.chunked_loss import ChunkedLoss
 from pefast.layers.counter_dropout import CounterDropout
 from pefast.layers.frozen_linear import FrozenLinear
@@ -13,7 +13,10 @@ from pefast.layers.fused_lora import FusedLoRALinear
 from pefast.layers.hosts import DeltaHost, ModuleHost
 from pefast.layers.lowrank import LowRank
 from pefast.layers.on_peft import PeftLinear
+from pefast.layers.replaced import ChosenHost
 from pefast.ops.delta_linear import OP, Call, Segment
+from pefast.ops.partial_linear import OP as PARTIAL
+from pefast.ops.partial_linear import Call as PartialCall
 
 _PROBE_ROWS = 512
 
@@ -47,10 +50,16 @@ def explain(model: nn.Module) -> str:
             )
         elif isinstance(module, CounterDropout):
             lines.setdefault(f"dropout of {module.p:g} from a counter", []).append(path)
+        if "replaced" in module._modules:
+            lines.setdefault(_replaced_line(module), []).append(path or "(the model)")
         if attention.runs_on(module) and not any(attention.NAME in line for line in lines):
             lines.setdefault(_attention_line(model, module), []).append(path or "(the model)")
     if not lines:
         return f"{type(model).__name__}: no layer computes through pefast"
+    for group in siblings.groups(model):
+        names = [path for path, module in model.named_modules() if module in group.members]
+        line = f"apart, {group.apart}" if group.apart else "computed together, in one walk over their input"
+        lines.setdefault(line, []).append(" + ".join([names[0], *(n.rpartition(".")[2] for n in names[1:])]))
     said = [f"{_paths(paths)}: {line}" for line, paths in lines.items()]
     return "\n".join(said + _packs(model))
 
@@ -59,7 +68,7 @@ def _packs(model: nn.Module) -> list[str]:
     """What the native hand keeps beside the frozen weights, a weight that layers share counted once."""
     stores = {}
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")
         if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_cpu:
             stores[weight.data_ptr()] = weight
     total = sum(OP.hands["native"].packed_bytes(weight) for weight in stores.values())
@@ -85,6 +94,33 @@ def _host_line(host: DeltaHost, deltas: list[tuple[str, str, LowRank]]) -> str:
     return _line(what, host, segments, host.compute)
 
 
+def _replaced_line(module: nn.Module) -> str:
+    """What trains in the place of a module's own tensors, and who computes where entries of a weight do."""
+    what, parts = [], []
+    for tensor in module._parameters:
+        for each in module.replaced.active(tensor):
+            what.append(f"all of {tensor}" if each.at is None else f"{each.kind} of {tensor}")
+            if each.at is not None and tensor == "weight":
+                parts.append((each.values, each.index))
+    if not what:
+        return "its own tensors, no active adapter"
+    said = f"{' and '.join(what)} of an adapter"
+    if not isinstance(module, ChosenHost) or not parts:
+        return said
+    own = module._parameters["weight"]
+    w = own.t() if module.turned else own
+    x = torch.empty(_PROBE_ROWS, w.shape[1], dtype=w.dtype, device=w.device)
+    taken, others = _choice(PARTIAL.reasons(PartialCall(x, w, module.bias, tuple(parts))))
+    return f"{said}: {taken}{others}"
+
+
+def _choice(reasons: dict[str, str]) -> tuple[str, str]:
+    """The hand that computes, and in brackets why the others do not."""
+    taken = dispatch.forced() or next(name for name, why in reasons.items() if not why)
+    others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if why and name != taken)
+    return taken, f" ({others})" if others else ""
+
+
 def _peft_line(module: PeftLinear) -> str:
     if why := module.why_not():
         return f"PEFT's own forward: {why}"
@@ -98,11 +134,9 @@ def _line(what: str, module: nn.Module, segments: list[Segment], compute: str | 
     seed = torch.zeros(1, dtype=torch.int64) if any(s.dropout for s in segments) else None
     call = Call(x, weight, module.bias, None, None, seed, tuple(segments), None, compute)
     reasons = OP.reasons(call)
-    taken = dispatch.forced() or next(name for name, why in reasons.items() if not why)
-    others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if why and name != taken)
+    taken, others = _choice(reasons)
     rounded = taken == "native" and weight.dtype is torch.float32 and compute == "bf16"
-    how = f"{taken}, products in bf16" if rounded else taken
-    return f"{what}: {how}" + (f" ({others})" if others else "")
+    return f"{what}: {taken}{', products in bf16' if rounded else ''}{others}"
 
 
 def _attention_line(model: nn.Module, module: nn.Module) -> str:

@@ -329,3 +329,17 @@ def test_two_adapters_with_other_entries_of_one_weight_compute_together():
         lambda: pefast.activate(model, ["a", "b", "c"]), "activate: ", "'b''s Heads", "'c''s Heads"
     )
     assert torch.equal(logits(model, **fed), right)
+
+
+def test_explain_says_what_trains_and_who_computes():
+    model = pefast.attach(build("llama"), [Heads({0: [1]}), LoRA(rank=2, targets=["down_proj"])], "a")
+    said = pefast.explain(model)
+    assert (
+        "3 layers, model.layers.0.self_attn.q_proj ... model.layers.0.self_attn.v_proj: rows of weight"
+        in said
+    )
+    assert "model.layers.0.self_attn.o_proj: columns of weight of an adapter: eager (not native: " in said
+    pefast.activate(model, None)
+    assert "its own tensors, no active adapter" in pefast.explain(model)
+    full = pefast.explain(pefast.attach(build("bert"), pefast.Full()))
+    assert "all of weight and all of bias of an adapter" in full

@@ -28,10 +28,13 @@ class FrozenLinear(nn.Module):
         cls.alone = not any(vars(each).get("hosts_deltas") for each in below)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        # the weight of a layer of which entries train is made anew at each look
+        if not self.alone:
+            return super().forward(x)
         w, bias = self.weight, self.bias
         trains = w.requires_grad or (bias is not None and bias.requires_grad)
         plain = not trains and x.dtype == w.dtype and not torch.is_autocast_enabled(x.device.type)
-        if not (plain and self.alone):
+        if not plain:
             return super().forward(x)
         return delta_linear(x, format_of(self).weight(self), (), bias, compute=self.compute)
 

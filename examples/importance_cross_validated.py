@@ -50,7 +50,7 @@ def main() -> None:
     """The curve, its picture, and a run with the threshold that won."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=600, help="rows to learn from")
-    parser.add_argument("--epochs", type=float, default=2.0, help="passes over them in each training")
+    parser.add_argument("--epochs", type=float, default=3.0, help="passes over them in each training")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--shares", type=float, nargs="+", default=list(SHARES))
     parser.add_argument(
@@ -61,6 +61,8 @@ def main() -> None:
         "methods": [{"method": "importance", "unit": asked.unit}],
         "data.train_rows": asked.rows,
         "training.epochs": asked.epochs,
+        # few rows: small batches, so that there are steps enough
+        "training.batch": 8,
         "training.lr": 1e-3,
         "output": str(OUTPUT),
     }

@@ -11,6 +11,9 @@ Here BERT is all-MiniLM-L6-v2 (6 blocks, D = 384) and the texts are film reviews
 which stays in front of the prompt.
 
 python examples/bert_adapter_prompt.py
+
+Held-out accuracy 0.812 on 500 reviews after 3,200 others (one standard error is 0.017): 2026-11-22, fp32, one
+thread of a 2-core Intel Xeon with AMX (model 167), torch 2.13.0, transformers 5.23.0.
 """
 
 import time

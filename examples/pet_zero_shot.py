@@ -11,8 +11,8 @@ Accuracy on 400 held-out rows (one standard error is 0.02), SmolLM2-135M-Instruc
     topics      0.827                  0.827                0.858                       0.920
 
 2026-11-22, bf16, one thread of a 2-core Intel Xeon with AMX (model 167), torch 2.13.0, transformers 5.23.0,
-OMP_NUM_THREADS=1 python examples/pet_zero_shot.py --only films, and topics: about two minutes of processor
-time each.
+OMP_NUM_THREADS=1 python examples/pet_zero_shot.py --only films, and topics: two to three minutes of
+processor time each.
 """
 
 import argparse

@@ -7,9 +7,7 @@
 #include <array>
 
 #include "check.h"
-#include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
-#include "cpu/delta_linear_thin.h"
 #include "cpu/dropout.h"
 #include "cpu/isa.h"
 
@@ -42,75 +40,6 @@ void dropout_door(uintptr_t x, int64_t ldx, uintptr_t x_hat, uintptr_t t, int64_
             static_cast<Scalar>(type), threads);
 }
 
-// a tensor [batch, heads, rows, D]: its address, and its strides but the last, which is 1
-using Place = std::array<int64_t, 4>;
-
-template <class T>
-Heads<T> heads(const Place& p) {
-    return {at<T>(p[0]), p[1], p[2], p[3]};
-}
-
-// B, H, G, L, S, P, D; the addresses of q, k, v and the prefix; the mask's address and strides
-Attention attention(const std::array<int64_t, 7>& sizes, const std::array<Place, 5>& tensors,
-                    const std::array<int64_t, 3>& mask, bool causal, float scale, double p, uintptr_t seed,
-                    int threads) {
-    const char* name = "prefix_attention";
-    const auto [B, H, G, L, S, P, D] = sizes;
-    check(B > 0 && G > 0 && H > 0 && H % G == 0 && L > 0 && D > 0 && S >= 0 && P >= 0 && P + S > 0, name,
-          ": B, H, G, L, S, P and D are ", B, ", ", H, ", ", G, ", ", L, ", ", S, ", ", P, " and ", D,
-          "; 1 or more of each and of keys, and H a multiple of G, would be right");
-    check(B * H * L < int64_t{1} << 32, name, ": there are ", B * H * L,
-          " rows; fewer than 2^32 would be right");
-    check(
-        tensors[0][0] && (!S || (tensors[1][0] && tensors[2][0])) && (!P || (tensors[3][0] && tensors[4][0])),
-        name, ": a tensor has no storage");
-    check(!causal || S >= L, name, ": causal with ", L, " queries and ", S,
-          " keys; as many keys would be right");
-    check(scale > 0 && p >= 0 && p < 1, name, ": scale is ", scale, " and p is ", p,
-          "; above 0, and from 0 to below 1, would be right");
-    check_threads(name, threads);
-    const int64_t number = p > 0 ? *at<const int64_t>(seed) : 0;
-    return {B,
-            H,
-            G,
-            L,
-            S,
-            P,
-            D,
-            heads<const bf16>(tensors[0]),
-            heads<const bf16>(tensors[1]),
-            heads<const bf16>(tensors[2]),
-            heads<const bf16>(tensors[3]),
-            heads<const bf16>(tensors[4]),
-            at<const uint8_t>(mask[0]),
-            mask[1],
-            mask[2],
-            causal,
-            scale,
-            p > 0,
-            make_draw(p, number, 0),
-            static_cast<float>(1 / (1 - p))};
-}
-
-void attention_forward_door(const std::array<int64_t, 7>& sizes, const std::array<Place, 5>& tensors,
-                            const std::array<int64_t, 3>& mask, bool causal, float scale, double p,
-                            uintptr_t seed, const Place& o, uintptr_t lse, int threads) {
-    const Attention call = attention(sizes, tensors, mask, causal, scale, p, seed, threads);
-    attention_forward({call, heads<bf16>(o), at<float>(lse)}, threads);
-}
-
-// results: dq, dk, dv and those of the prefix; an address of 0 leaves one out
-void attention_backward_door(const std::array<int64_t, 7>& sizes, const std::array<Place, 5>& tensors,
-                             const std::array<int64_t, 3>& mask, bool causal, float scale, double p,
-                             uintptr_t seed, const Place& o, const Place& d_o, uintptr_t lse,
-                             const std::array<Place, 5>& results, int threads) {
-    const Attention call = attention(sizes, tensors, mask, causal, scale, p, seed, threads);
-    attention_backward(
-        {call, heads<const bf16>(o), heads<const bf16>(d_o), at<const float>(lse), heads<bf16>(results[0]),
-         heads<bf16>(results[1]), heads<bf16>(results[2]), heads<bf16>(results[3]), heads<bf16>(results[4])},
-        threads);
-}
-
 void cross_entropy_door(uintptr_t z, uintptr_t target, uintptr_t loss, int64_t M, int64_t V, int type,
                         int threads) {
     const char* name = "linear_cross_entropy";
@@ -138,11 +67,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("ldy"), py::arg("M"), py::arg("K"), py::arg("type"), py::arg("p"), py::arg("seed"),
           py::arg("stream"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     bind_delta_linear(m);
-    m.def("attention_here", &attention_here, "Whether attention's kernels run on this processor.");
-    m.def("attention_forward", &attention_forward_door, "o, and the logsumexp of each row.",
-          py::call_guard<py::gil_scoped_release>());
-    m.def("attention_backward", &attention_backward_door, "Gradients; those of address 0 are left out.",
-          py::call_guard<py::gil_scoped_release>());
+    bind_attention(m);
     m.def("cross_entropy_here", &cross_entropy_here, "Whether cross_entropy runs on this processor.");
     m.def("cross_entropy", &cross_entropy_door, "Loss of rows of logits; the logits become their gradient.",
           py::call_guard<py::gil_scoped_release>());

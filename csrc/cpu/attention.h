@@ -1,4 +1,4 @@
-// Attention over [prefix ; sequence] on a CPU, bf16. Formula and names: pefast/ops/prefix_attention.py.
+// Attention over [prefix ; sequence] on a CPU, bf16 and fp32. Formula and names: pefast/ops/prefix_attention.py.
 //
 // The H/G query heads of one key head are taken as one matrix of R = L·H/G rows: row r is query r % L of head r / L.
 #pragma once
@@ -18,45 +18,58 @@ struct Heads {
     T* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
 };
 
-struct Attention {
+// what does not depend on the type of the numbers
+struct AttentionForm {
     int64_t B, H, G, L, S, P, D;
-    Heads<const bf16> q;                   // [B, H, L, D]
-    Heads<const bf16> k, v;                // [B, G, S, D]
-    Heads<const bf16> prefix_k, prefix_v;  // [B, G, P, D]  a batch stride of 0: one for all
-    const uint8_t* mask;                   // [B, L, S]  1: a row sees the key; null: all do
-    int64_t mask_batch, mask_row;          // strides
+    const uint8_t* mask;           // [B, L, S]  1: a row sees the key; null: all do
+    int64_t mask_batch, mask_row;  // strides
     bool causal;
     float scale;  // above 0
     bool dropout;
     Draw draw;
-    float keep_scale;  // 1 / (1 - p)
+    double keep_scale;  // 1 / (1 - p)
 
     int64_t keys() const { return P + S; }
     int64_t group_rows() const { return H / G * L; }
 };
 
-struct AttentionForward : Attention {
-    Heads<bf16> o;  // [B, H, L, D]
-    float* lse;     // [B, H, L]  log2 of the sum of 2^(x·log2 e), 0 in a row that sees nothing
+template <class T>
+struct Attention : AttentionForm {
+    Heads<const T> q;                   // [B, H, L, D]
+    Heads<const T> k, v;                // [B, G, S, D]
+    Heads<const T> prefix_k, prefix_v;  // [B, G, P, D]  a batch stride of 0: one for all
+};
+
+// What forward keeps of the sums for backward. bf16: lse [B, H, L], log2 of the sum of 2^(x·log2 e), 0 in a row that
+// sees nothing. fp32: lse [2, B, H, L], the largest x and the sum of e^(x - largest), 0 in such a row.
+template <class T>
+struct AttentionForward : Attention<T> {
+    Heads<T> o;  // [B, H, L, D]
+    float* lse;
 };
 
 // a gradient whose data is null is not asked for
-struct AttentionBackward : Attention {
-    Heads<const bf16> o, d_o;          // [B, H, L, D]
-    const float* lse;                  // [B, H, L]
-    Heads<bf16> dq;                    // [B, H, L, D]
-    Heads<bf16> dk, dv;                // [B, G, S, D]
-    Heads<bf16> dprefix_k, dprefix_v;  // as the prefix
+template <class T>
+struct AttentionBackward : Attention<T> {
+    Heads<const T> o, d_o;  // [B, H, L, D]
+    const float* lse;
+    Heads<T> dq;                    // [B, H, L, D]
+    Heads<T> dk, dv;                // [B, G, S, D]
+    Heads<T> dprefix_k, dprefix_v;  // as the prefix
 };
 
-// whether this processor and this build have what the functions below need
-bool attention_here();
+// whether this processor and this build have what the functions below need, for bf16 and for fp32
+bool attention_here(Scalar type);
 
 // the same bits for any number of threads
-void attention_forward(const AttentionForward& call, int threads);
-void attention_backward(const AttentionBackward& call, int threads);
+void attention_forward(const AttentionForward<bf16>& call, int threads);
+void attention_backward(const AttentionBackward<bf16>& call, int threads);
+void attention_forward(const AttentionForward<float>& call, int threads);
+void attention_backward(const AttentionBackward<float>& call, int threads);
 
-void attention_forward_amx(const AttentionForward& call, int threads);
-void attention_backward_amx(const AttentionBackward& call, int threads);
+void attention_forward_amx(const AttentionForward<bf16>& call, int threads);
+void attention_backward_amx(const AttentionBackward<bf16>& call, int threads);
+void attention_forward_avx512(const AttentionForward<float>& call, int threads);
+void attention_backward_avx512(const AttentionBackward<float>& call, int threads);
 
 }  // namespace pefast

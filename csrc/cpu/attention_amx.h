@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "attention.h"
+#include "attention_sight.h"
 #include "delta_linear_amx.h"
 
 namespace pefast::amx {
@@ -39,8 +39,8 @@ inline void copy_row(const bf16* from, int64_t D, bf16* to) {
 
 // 32 rows of a group, from row `begin`, each row of D numbers; past the last row zeros
 template <class T>
-inline void copy_queries(const Attention& a, const Heads<T>& t, int64_t b, int64_t g, int64_t begin, bf16* to,
-                         int64_t ld) {
+inline void copy_queries(const Attention<bf16>& a, const Heads<T>& t, int64_t b, int64_t g, int64_t begin,
+                         bf16* to, int64_t ld) {
     int64_t head = g * (a.H / a.G) + begin / a.L, i = begin % a.L;
     for (int64_t r = begin; r < begin + 32; ++r, to += ld) {
         copy_row(r < a.group_rows() ? t.at(b, head, i) : nullptr, a.D, to);
@@ -57,7 +57,7 @@ struct Lines {
 // up to 32 rows of a group, from row `begin`: in place, or copied to room [32, ld] where they end one head and begin
 // the next
 template <class T>
-inline Lines query_lines(const Attention& a, const Heads<T>& t, int64_t b, int64_t g, int64_t begin,
+inline Lines query_lines(const Attention<bf16>& a, const Heads<T>& t, int64_t b, int64_t g, int64_t begin,
                          bf16* room, int64_t ld) {
     const int64_t l = begin % a.L, rows = std::min<int64_t>(a.group_rows() - begin, 32);
     if (l + rows <= a.L) return {t.at(b, g * (a.H / a.G) + begin / a.L, l), t.row, rows};
@@ -66,7 +66,7 @@ inline Lines query_lines(const Attention& a, const Heads<T>& t, int64_t b, int64
 }
 
 // 32 keys of [prefix ; sequence] from key `begin`; past the last one zeros
-inline void copy_keys(const Attention& a, const Heads<const bf16>& prefix, const Heads<const bf16>& t,
+inline void copy_keys(const Attention<bf16>& a, const Heads<const bf16>& prefix, const Heads<const bf16>& t,
                       int64_t b, int64_t g, int64_t begin, bf16* to, int64_t ld) {
     for (int64_t j = begin; j < begin + 32; ++j, to += ld) {
         const bf16* row = j < a.P ? prefix.at(b, g, j) : j < a.keys() ? t.at(b, g, j - a.P) : nullptr;
@@ -75,8 +75,8 @@ inline void copy_keys(const Attention& a, const Heads<const bf16>& prefix, const
 }
 
 // 32 columns of a result for up to 32 queries, from sums [columns, queries] of which each query has its factor [2 x 16]
-inline void store_queries(const Attention& a, const Heads<bf16>& to, int64_t b, int64_t g, int64_t begin,
-                          int64_t column, const float* sums, const __m512 by[2]) {
+inline void store_queries(const Attention<bf16>& a, const Heads<bf16>& to, int64_t b, int64_t g,
+                          int64_t begin, int64_t column, const float* sums, const __m512 by[2]) {
     const __mmask32 inside = first(a.D - column);
     const int64_t rows = std::min<int64_t>(a.group_rows() - begin, 32);
     int64_t head = g * (a.H / a.G) + begin / a.L, i = begin % a.L;
@@ -98,51 +98,6 @@ inline void store_queries(const Attention& a, const Heads<bf16>& to, int64_t b, 
         }
     }
 }
-
-enum class Seen { none, some, all };
-
-// Which of 32 keys a row sees.
-class Sight {
-  public:
-    explicit Sight(const Attention& a) : a(a) {}
-
-    // keys past this one no query before `end` of a head sees
-    int64_t limit(int64_t end) const { return a.causal ? a.P + a.S - a.L + end : a.keys(); }
-
-    // bit i: query l of batch row b sees key j + i
-    uint32_t operator()(int64_t b, int64_t l, int64_t j) const {
-        const uint32_t there = first(limit(l + 1) - j);
-        if (!a.mask) return there;
-        const uint32_t prefix = first(a.P - j);
-        const __mmask32 asked = there & ~prefix;
-        const uint8_t* at = a.mask + b * a.mask_batch + l * a.mask_row + j - a.P;
-        const __m256i bytes = _mm256_maskz_loadu_epi8(asked, at);
-        return (there & prefix) | _mm256_test_epi8_mask(bytes, bytes);
-    }
-
-    // what each of 32 rows of a group sees of 32 keys from key j; the words are written for Seen::some alone, but for
-    // Seen::none they are 0 as well
-    Seen look(int64_t b, int64_t begin, int64_t j, uint32_t* see) const {
-        const int64_t rows = std::min<int64_t>(a.group_rows() - begin, 32);
-        int64_t l = begin % a.L;
-        // rows that end one head and begin the next hold the first query and the last
-        const bool wraps = l + rows > a.L;
-        if (!a.mask && j + 32 <= limit(wraps ? 1 : l + 1)) return Seen::all;
-        std::fill_n(see, 32, 0u);
-        if (j >= limit(wraps ? a.L : l + rows)) return Seen::none;
-        uint32_t any = 0, every = ~0u;
-        for (int64_t i = 0; i < rows; ++i) {
-            see[i] = (*this)(b, l, j);
-            any |= see[i], every &= see[i];
-            if (++l == a.L) l = 0;
-        }
-        if (every == ~0u) return Seen::all;
-        return any ? Seen::some : Seen::none;
-    }
-
-  private:
-    const Attention& a;
-};
 
 // The rows that come next, brought to the second cache a few at a time beside the work on these. Rows of heads lie far
 // apart, so the processor does not foresee them: without this a third of backward was spent waiting at 8 x 12 x 128 x 64.
@@ -183,11 +138,5 @@ class Ahead {
     std::vector<Piece> pieces;
     int64_t rows = 0, each = 0, piece = 0, row = 0;
 };
-
-// the mask of dropout for one row of a group and 128 keys: 4 words
-inline void keep_keys(const Attention& a, int64_t b, int64_t g, int64_t r, int64_t block, uint32_t* keep) {
-    const int64_t row = (b * a.H + g * (a.H / a.G)) * a.L + r;
-    keep_128(a.draw, static_cast<uint32_t>(row), static_cast<uint32_t>(block), keep);
-}
 
 }  // namespace pefast::amx

@@ -13,7 +13,7 @@ constexpr int64_t QUERIES = 512, KEYS = 512;
 // what belongs to a query is a vector.
 class Backward {
   public:
-    Backward(const AttentionBackward& call, int threads)
+    Backward(const AttentionBackward<bf16>& call, int threads)
         : f(call),
           sight(call),
           steps(parts(f.D, STEP)),
@@ -354,7 +354,7 @@ class Backward {
         }
     }
 
-    const AttentionBackward& f;
+    const AttentionBackward<bf16>& f;
     const Sight sight;
     const int64_t steps, ldd, key_steps, R, height, panels, chunk_steps, ldr, ldk;
     const bool shared;             // one prefix for a batch of several rows
@@ -366,7 +366,7 @@ class Backward {
 
 }  // namespace
 
-void attention_backward_amx(const AttentionBackward& call, int threads) {
+void attention_backward_amx(const AttentionBackward<bf16>& call, int threads) {
     Backward backward(call, threads);
     together(threads, [&](Team team) { backward.run(team); });
 }

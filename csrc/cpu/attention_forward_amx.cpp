@@ -17,7 +17,7 @@ constexpr float LOWEST = -3e38f;
 // a lane of a vector, and nothing is added up within one.
 class Forward {
   public:
-    Forward(const AttentionForward& call, int threads)
+    Forward(const AttentionForward<bf16>& call, int threads)
         : f(call),
           sight(call),
           steps(parts(f.D, STEP)),
@@ -244,7 +244,7 @@ class Forward {
         for (int64_t r = 0; r < block.rows; ++r) lse[r] = sum[r] == 0 ? 0 : largest[r] + std::log2(sum[r]);
     }
 
-    const AttentionForward& f;
+    const AttentionForward<bf16>& f;
     const Sight sight;
     const int64_t steps, ldd, key_steps, ldk, R;
     const bool alone;  // each key head is one thread's
@@ -254,7 +254,7 @@ class Forward {
 
 }  // namespace
 
-void attention_forward_amx(const AttentionForward& call, int threads) {
+void attention_forward_amx(const AttentionForward<bf16>& call, int threads) {
     Forward forward(call, threads);
     together(threads, [&](Team team) { forward.run(team); });
 }

@@ -1,95 +1,23 @@
 // What the forward and the backward pass of delta_linear share on AMX: threads, scratch memory, panels of rows.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "delta_linear.h"
 #include "pack_tiles.h"
+#include "team.h"
 
 namespace pefast::amx {
-
-// Threads that share one piece of work.
-struct Team {
-    int rank, size;
-    void wait() const {
-        if (size > 1) {
-#pragma omp barrier
-        }
-    }
-    int64_t begin(int64_t count) const { return count * rank / size; }
-    int64_t end(int64_t count) const { return count * (rank + 1) / size; }
-};
 
 // what(team) on every thread, each with its tiles
 template <class What>
 inline void together(int threads, const What& what) {
-    if (threads == 1) {
+    on_threads(threads, [&](Team team) {
         const Tiles tiles;
-        what(Team{0, 1});
-        return;
-    }
-#pragma omp parallel num_threads(threads)
-    {
-        const Tiles tiles;
-        what(Team{omp_get_thread_num(), omp_get_num_threads()});
-    }
+        what(team);
+    });
 }
-
-// Scratch memory of one thread that lives as long as it: a fresh megabyte a call would cost 256 page faults.
-class Scratch {
-  public:
-    template <class T>
-    T* take(int64_t count) {
-        const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-        if (blocks.empty() || used + bytes > blocks.back().size) {
-            const size_t size = std::max<size_t>(bytes, 1 << 20);
-            blocks.push_back({Memory(allocate(size)), size});
-            used = 0;
-        }
-        char* start = blocks.back().memory.get() + used;
-        used += bytes;
-        return reinterpret_cast<T*>(start);
-    }
-
-    // everything taken is given back; several blocks become one for the next call
-    void reset() {
-        if (blocks.size() > 1) {
-            size_t size = 0;
-            for (const Block& block : blocks) size += block.size;
-            blocks.clear();
-            blocks.push_back({Memory(allocate(size)), size});
-        }
-        used = 0;
-    }
-
-    static Scratch& of_this_thread() {
-        static thread_local Scratch scratch;
-        scratch.reset();
-        return scratch;
-    }
-
-  private:
-    struct Free {
-        void operator()(char* memory) const { std::free(memory); }
-    };
-    using Memory = std::unique_ptr<char, Free>;
-    struct Block {
-        Memory memory;
-        size_t size;
-    };
-    static char* allocate(size_t bytes) {
-        void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-        if (!memory) throw std::bad_alloc();
-        return static_cast<char*>(memory);
-    }
-    std::vector<Block> blocks;
-    size_t used = 0;
-};
 
 // 32 rows at most, columns and rows filled up with zeros to full tiles
 inline void copy_rows(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, bf16* to, int64_t ld) {

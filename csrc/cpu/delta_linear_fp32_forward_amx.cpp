@@ -168,7 +168,7 @@ class Forward {
         s.main = {slot.x, w, stretches.begin(stretch + 1) - step};
         s.side = {slot.h, b_packed + n * waist_steps * STEP * P, waist_steps};
         s.to.bias = f.bias ? bias + n : nullptr;
-        s.to.to = f.y + begin * f.N + n, s.to.ld = f.N, s.to.inside = amx::first(f.N - n);
+        s.to.to = f.y + begin * f.N + n, s.to.ld = f.N, s.to.inside = pefast::first(f.N - n);
         s.rows = rows, s.first = stretch == 0, s.last = stretch == stretches.count - 1;
         beside.strip = Fetch(w + steps * 2 * TILE * P, n + STRIP < f.N ? s.main.steps * 4 * TILE * P : 0,
                              parts(rows, 32) * s.main.steps * PRODUCTS<P>);

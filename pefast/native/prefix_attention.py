@@ -1,6 +1,7 @@
-"""prefix_attention by csrc/cpu/attention*: bf16 on AMX. Formula: pefast/ops/prefix_attention.py.
+"""prefix_attention by csrc/cpu/attention*: bf16 on AMX, fp32 on AVX-512.
 
-Forward keeps o and the logsumexp of each row; backward computes the weights from it again.
+Forward keeps o and the sum of each row's powers; backward computes the weights from it again. Formula:
+pefast/ops/prefix_attention.py.
 """
 
 import torch
@@ -8,18 +9,26 @@ from torch import Tensor
 
 from pefast.native import WHY_NOT, C, through_the_registry
 
-_HERE = C is not None and C.attention_here()
+# whether the kernel of a type runs here, and what it needs
+_HERE = {
+    torch.bfloat16: C is not None and C.attention_here(False),
+    torch.float32: C is not None and C.attention_here(True),
+}
+_NEEDS = {torch.bfloat16: "AMX tiles for bfloat16", torch.float32: "AVX-512 for float32"}
 _NOWHERE = (0, 0, 0, 0)
 
 
 def refuse(call) -> str:
     """Why csrc cannot run this call, or ""."""
-    if not _HERE:
-        return WHY_NOT if C is None else "needs a processor with AMX tiles for bfloat16, which this one lacks"
+    if C is None:
+        return WHY_NOT
+    dtype = call.q.dtype
     if not call.q.is_cpu:
         return f"needs a CPU, q is on {call.q.device}"
-    if call.q.dtype is not torch.bfloat16:
-        return f"takes bfloat16, q is {str(call.q.dtype).removeprefix('torch.')}"
+    if dtype not in _HERE:
+        return f"takes bfloat16 and float32, q is {str(dtype).removeprefix('torch.')}"
+    if not _HERE[dtype]:
+        return f"needs {_NEEDS[dtype]}, this process may use {C.isa()}"
     if not call.scale > 0:
         return f"takes a scale above 0, it is {call.scale}"
     return ""
@@ -28,9 +37,11 @@ def refuse(call) -> str:
 def decline(call) -> str:
     """Why another hand is faster, or ""."""
     h, l, g = call.q.shape[1], call.q.shape[2], call.k.shape[1]
-    # tiles of 16 rows: 2.8 times sdpa's time at one row; the prefix of an eager call costs a copy of all keys
-    if l * h < 4 * g and call.prefix_k is None and not (torch.is_grad_enabled() and _trains(call)):
-        return f"fills tiles of 16 rows, here are {l * h // g} for each key head and no gradient"
+    # one row took 2.8 times sdpa's time in bf16, and eight up to 1.6 in fp32; with a prefix, the eager hand
+    # copies all keys
+    few = 4 if call.q.dtype is torch.bfloat16 else 16
+    if l * h < few * g and call.prefix_k is None and not (torch.is_grad_enabled() and _trains(call)):
+        return f"computes 16 rows or more at a time, here are {l * h // g} for each key head and no gradient"
     return ""
 
 
@@ -39,7 +50,7 @@ def _trains(call) -> bool:
 
 
 def forward(call) -> tuple[Tensor, Tensor]:
-    """o [B, H, L, D] and, for backward, the logsumexp of each row [B, H, L]."""
+    """o [B, H, L, D] and, for backward, what is kept of the sums."""
     run = torch.ops.pefast.prefix_attention if through_the_registry(call.q) else _forward
     return run(*call[:10])
 
@@ -52,7 +63,7 @@ def backward(call, o: Tensor, lse: Tensor, do: Tensor, needs) -> tuple[Tensor | 
 
 
 def _forward(q, k, v, prefix_k, prefix_v, mask, causal, scale, p, seed):
-    _check_here()
+    _check_here(q)
     o, lse = _room_for_o(q)
     tensors = _plain(q, k, v, prefix_k, prefix_v)
     sizes = _sizes(*tensors)
@@ -60,12 +71,13 @@ def _forward(q, k, v, prefix_k, prefix_v, mask, causal, scale, p, seed):
         return o.zero_(), lse.zero_()
     mask = _bytes(mask)
     given = (sizes, [_place(t) for t in tensors], _mask_place(mask), causal, scale, p)
-    C.attention_forward(*given, _address(seed), _place(o), lse.data_ptr(), torch.get_num_threads())
+    run = C.attention_forward if q.dtype is torch.bfloat16 else C.attention_forward_fp32
+    run(*given, _address(seed), _place(o), lse.data_ptr(), torch.get_num_threads())
     return o, lse
 
 
 def _backward(do, o, lse, q, k, v, prefix_k, prefix_v, mask, causal, scale, p, seed, *needs):
-    _check_here()
+    _check_here(q)
     tensors = _plain(q, k, v, prefix_k, prefix_v)
     sizes = _sizes(*tensors)
     results = _results(q, k, v, prefix_k, prefix_v, needs)
@@ -75,19 +87,26 @@ def _backward(do, o, lse, q, k, v, prefix_k, prefix_v, mask, causal, scale, p, s
     given = (sizes, [_place(t) for t in tensors], _mask_place(mask), causal, scale, p)
     there = [_place(t) if need else _NOWHERE for t, need in zip(results, needs, strict=True)]
     beside = (_place(o), _place(do), lse.data_ptr(), there)
-    C.attention_backward(*given, _address(seed), *beside, torch.get_num_threads())
+    run = C.attention_backward if q.dtype is torch.bfloat16 else C.attention_backward_fp32
+    run(*given, _address(seed), *beside, torch.get_num_threads())
     return results
 
 
-def _check_here() -> None:
-    if not _HERE:
-        raise RuntimeError(f"prefix_attention: the native kernel cannot run: {WHY_NOT or 'it needs AMX'}")
+def _check_here(q: Tensor) -> None:
+    if not _HERE.get(q.dtype):
+        why = WHY_NOT or f"it needs {_NEEDS.get(q.dtype, 'bfloat16 or float32')}"
+        raise RuntimeError(f"prefix_attention: the native kernel cannot run: {why}")
 
 
 def _room_for_o(q: Tensor) -> tuple[Tensor, Tensor]:
-    """o [B, H, L, D], its heads side by side as the next layer wants them, and the logsumexps [B, H, L]."""
+    """o [B, H, L, D], its heads side by side as the next layer wants them, and what is kept of the sums.
+
+    In bf16 that is their logarithm [B, H, L]; in fp32, where a logarithm would lose digits, the largest x and
+    the sum beside it [2, B, H, L].
+    """
     b, h, l, d = q.shape
-    return q.new_empty(b, l, h, d).transpose(1, 2), q.new_empty(b, h, l, dtype=torch.float32)
+    kept = (b, h, l) if q.dtype is torch.bfloat16 else (2, b, h, l)
+    return q.new_empty(b, l, h, d).transpose(1, 2), q.new_empty(kept, dtype=torch.float32)
 
 
 def _room(t: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import nn
 
 from pefast.layers import attention as attention_layer
 from pefast.layers import chunked_loss, counter_dropout, frozen_linear, on_peft
+from pefast.layers import siblings as sibling_layers
 from pefast.layers.in_place import mix_in, take_out
 
 # switch: the file that says which modules it takes, and the class that is mixed into them
@@ -23,6 +24,7 @@ def accelerate(
     dropout: bool = True,
     loss: bool = True,
     peft: bool = True,
+    siblings: bool = True,
     linear: bool | None = None,
     compute: str | None = None,
 ) -> nn.Module:
@@ -37,6 +39,8 @@ def accelerate(
     peft      LoRA layers that Hugging Face PEFT made: frozen product and adapters in one call. State dicts,
               saving, set_adapter, disable_adapter, adapter_names, merging and the Trainer stay as they are;
               DoRA, lora_bias and merged layers go PEFT's own way
+    siblings  layers with deltas that read the same input (query, key and value; gate and up) compute in one
+              walk over it where there is a kernel for that (bf16 on AMX)
     linear    frozen linear layers without a delta compute through pefast where there is a kernel for them
               (fp32 on AMX), to the precision of fp32; None: where `compute` is given
     compute   "bf16" lets every product of an fp32 layer that pefast computes round its factors to bf16,
@@ -59,4 +63,5 @@ def accelerate(
                 mix_in(module, mixin, prefix)
     frozen_linear.switch(model, compute is not None if linear is None else linear)
     frozen_linear.choose_compute(model, compute)
+    sibling_layers.switch(model, siblings)
     return model

@@ -21,6 +21,7 @@ class DeltaHost(nn.Module):
 
     hosts_deltas = True
     compute: str | None = None  # "bf16": products of fp32 numbers may be in bf16
+    siblings = None  # a Group of pefast/layers/siblings.py that computes this layer beside others
     format: str  # its name in FORMATS, so that forward need not ask
     deltas: nn.ModuleDict
     router: Router
@@ -29,6 +30,8 @@ class DeltaHost(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
         if not torch.is_grad_enabled() and (y := decoded(self, x)) is not None:
+            return y
+        if self.siblings is not None and (y := self.siblings.take(self, x)) is not None:
             return y
         if self.merged:
             return super().forward(x)
@@ -129,6 +132,7 @@ def drop_deltas(linear: DeltaHost, name: str) -> None:
         del linear.format, linear.deltas, linear.router, linear.merged, linear.unmerged
         kinds = (ModuleHost, EmbeddingHost)
         take_out(linear, next((kind for kind in kinds if isinstance(linear, kind)), DeltaHost))
+        linear.__dict__.pop("siblings", None)
         if not hasattr(type(linear), "compute"):
             linear.__dict__.pop("compute", None)
 

@@ -16,8 +16,12 @@ class PeftLinear(nn.Module):
     """
 
     compute: str | None = None  # "bf16": products of fp32 numbers may be in bf16
+    siblings = None  # a Group of pefast/layers/siblings.py that computes this layer beside others
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:  # [..., K] -> [..., N]
+        if self.siblings is not None and not args and not kwargs:
+            if (y := self.siblings.take(self, x)) is not None:
+                return y
         names = kwargs.get("adapter_names")
         if args or set(kwargs) - {"adapter_names"} or self._elsewhere(x):
             return super().forward(x, *args, **kwargs)

@@ -1,8 +1,12 @@
-"""One run at a time in one folder, and never over an unfinished one by mistake."""
+"""One run at a time in one folder, and never over an unfinished one by mistake.
+
+Of the processes of one run, as torchrun starts them, the first holds the folder and writes.
+"""
 
 import contextlib
 import dataclasses
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +19,11 @@ LOCK, STARTED = ".lock", "recipe.yaml"
 _FREE = {"output", "training.threads", "training.save_every", "training.tensorboard"}
 
 
+def is_first() -> bool:
+    """Whether this process is the only one of its run, or the one that writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def claim(recipe: Recipe, checkpoints: Path, resume: bool) -> Iterator[None]:
     """Holds the recipe's output folder for this process while the run lasts.
@@ -22,6 +31,9 @@ def claim(recipe: Recipe, checkpoints: Path, resume: bool) -> Iterator[None]:
     Raises ValueError where another process runs there, where an unfinished run lies there and `resume` is not
     asked for, and where the recipe to resume with is not the one that it began with.
     """
+    if not is_first():
+        yield
+        return
     folder = Path(recipe.output)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +54,8 @@ def claim(recipe: Recipe, checkpoints: Path, resume: bool) -> Iterator[None]:
 
 def begin(recipe: Recipe, checkpoints: Path) -> None:
     """Writes down what this run began with, for the check that `claim` makes."""
+    if not is_first():
+        return
     checkpoints.mkdir(parents=True, exist_ok=True)
     if not (checkpoints / STARTED).exists():
         (checkpoints / STARTED).write_text(recipes.written(recipe), encoding="utf-8")

@@ -68,8 +68,9 @@ def train(
             raise ValueError("recipe.methods: none came, so there would be no adapter to save")
 
         from . import training
-        from .claim import claim
+        from .claim import claim, is_first
 
+        console.quiet = not is_first()
         with claim(wanted, Path(wanted.output) / training.CHECKPOINTS, resume):
             _train(wanted, resume)
 

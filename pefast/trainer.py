@@ -128,7 +128,8 @@ class AdapterTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(row["input_ids"]) for row in rows]
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # the same order for any number of processes that share a step's rows
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         sampler = RowsByLength(batch, lengths, self.args.seed)
         self.add_callback(_Epochs(sampler))
         return sampler
@@ -148,9 +149,12 @@ class AdapterTrainer(Trainer):
         staging, place = root / f".{PREFIX}{step}", root / f"{PREFIX}{step}"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self._staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)
+            # every process has its own generator's state in there
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._note_best(root, staging / place.name)
                 if not place.exists():
@@ -168,6 +172,7 @@ class AdapterTrainer(Trainer):
                 shutil.rmtree(staging, ignore_errors=True)
         if self.args.should_save:
             self._prune(root)
+        self.accelerator.wait_for_everyone()
 
     def _note_best(self, root: Path, part: Path) -> None:
         """The Trainer looks for its best checkpoint in the staging folder; it will be at its own place."""

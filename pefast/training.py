@@ -125,7 +125,7 @@ def fit(run: Run, watcher: Watcher, resume: bool = False) -> dict[str, float]:
         watcher.close()
         interrupt.close()
         # without a checkpoint there is nothing to go on from
-        if newest(folder) is None:
+        if claim.is_first() and newest(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):
                 folder.parent.rmdir()
@@ -187,9 +187,11 @@ def say(run: Run, rows: Sequence[Row]) -> list[dict[str, object]]:
 def store(run: Run, metrics: dict[str, float]) -> Path:
     """Writes adapter, recipe and metrics to the recipe's output; each appears whole or not at all.
 
-    The run's checkpoints go: what they were for is done.
+    The run's checkpoints go: what they were for is done. Of several processes the first writes.
     """
     folder = Path(run.recipe.output)
+    if not claim.is_first():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     pefast.save(run.model, folder / ADAPTER)
     _replace(folder / RECIPE, recipes.written(run.recipe))
@@ -246,6 +248,7 @@ def _accelerate(run: Run, on: bool) -> None:
 
 def _arguments(run: Run, folder: Path) -> TrainingArguments:
     wanted = run.recipe.training
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     looks = "no" if not run.valid else "steps" if wanted.evaluate_every else "epoch"
     if wanted.tensorboard:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder.parent / "tensorboard")
@@ -274,6 +277,9 @@ def _arguments(run: Run, folder: Path) -> TrainingArguments:
         report_to="tensorboard" if wanted.tensorboard else "none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
+        # said, so that processes of torchrun find each other without a GPU too
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if several and not torch.cuda.is_available() else None,
     )
 
 

@@ -22,7 +22,7 @@ def write(folder):
     torch.manual_seed(0)
     # a wide start: a frozen random net then keeps the words apart
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    sizes |= {"initializer_range": 0.1, "hidden_dropout_prob": 0.0}
+    sizes |= {"initializer_range": 0.1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     BertModel(BertConfig(vocab_size=len(vocab), max_position_embeddings=32, **sizes)).save_pretrained(
         folder / "model"
     )

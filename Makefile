@@ -19,11 +19,11 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test style format bench-smoke clean
+.PHONY: help environment demo test style format bench bench-smoke clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
-	@echo "also: make environment | style | format | bench-smoke | clean; make demo QUICK=1 takes about a minute"
+	@echo "also: make environment | style | format | bench | bench-smoke | clean; make demo QUICK=1 takes about a minute"
 
 environment: $(INSTALLED)
 
@@ -43,6 +43,11 @@ format: environment
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(if $(CSRC),$(BIN)/clang-format -i $(CSRC))
+
+# every benchmark beside its rivals, the result as JSON, and the plot of all results; wants a quiet machine, takes an hour
+bench: environment
+	$(RUN) -m pytest -q benchmarks --benchmark-json=benchmarks/results/$(shell date +%F).json
+	$(RUN) benchmarks/plot.py
 
 # one round each: shows that every benchmark runs, measures nothing
 bench-smoke: environment

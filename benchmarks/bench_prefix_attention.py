@@ -30,6 +30,7 @@ SHAPES = {
     "llama-1b, long": Heads(1, 32, 8, 1024, 1024, 32, 64),
     "decode": Heads(8, 32, 8, 1, 512, 32, 64),
 }
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FORMS = {"plain": {}, "causal": {"causal": True}, "dropout 0.1": {"dropout": 0.1}}
 
 
@@ -54,23 +55,25 @@ def make(heads, dtype):
     return [t.requires_grad_() for t in (q, k, v, *prefix)], do
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", ["bert, prefix 32", "minilm, no prefix", "llama-1b, long"])
-def test_forward_and_backward(benchmark, in_turn, shape, form):
-    leaves, do = make(SHAPES[shape], torch.bfloat16)
+def test_forward_and_backward(benchmark, in_turn, shape, form, dtype):
+    leaves, do = make(SHAPES[shape], DTYPES[dtype])
 
     def step(attend):
         torch.autograd.grad(attend(*leaves, **FORMS[form]), leaves, do, allow_unused=True)
 
     calls = {"torch": lambda: step(by_torch), "pefast": lambda: step(prefix_attention)}
-    in_turn(f"attention {shape}, {form}, forward and backward, bf16", calls, rounds=11)
+    in_turn(f"attention {shape}, {form}, forward and backward, {dtype}", calls, rounds=11)
     benchmark(calls["pefast"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward(benchmark, in_turn, shape):
-    leaves, _ = make(SHAPES[shape], torch.bfloat16)
+def test_forward(benchmark, in_turn, shape, dtype):
+    leaves, _ = make(SHAPES[shape], DTYPES[dtype])
     leaves = [t.detach() for t in leaves]
     calls = {"torch": lambda: by_torch(*leaves), "pefast": lambda: prefix_attention(*leaves)}
-    in_turn(f"attention {shape}, forward, bf16", calls)
+    in_turn(f"attention {shape}, forward, {dtype}", calls)
     benchmark(calls["pefast"])

@@ -237,7 +237,7 @@ def _launch_product(x, w, inner, h, b, scale, gain, bias, u, y, layout, seed, ba
     """y = Σ s·h bᵀ + x wᵀ, with the masks of the way back where `back`; y holds x wᵀ where `beside`."""
     (m, k), n = x.shape, w.shape[0]
     count, table = (layout.tiles, layout.tile) if back else (layout.plain_tiles, layout.plain_tile)
-    block = tiles.product(m, x.dtype, count > 1)
+    block = tiles.product(m, x.dtype, layout.width, count > 1)
     products.product[(triton.cdiv(m, block["BLOCK_M"]) * triton.cdiv(n, block["BLOCK_N"]),)](
         x, w, inner, h, b, scale, table, layout.keep, gain, bias, u, y, m, n, k, layout.total, count,
         *x.stride(), *w.stride(), *b.stride(), _number(seed), BESIDE=beside, SEVERAL=count > 1,

@@ -22,12 +22,14 @@ def waist(m: int, dtype, slots: int, dropout: bool) -> dict:
     return _sizes(4, 3, BLOCK_M=rows, BLOCK_K=128)
 
 
-def product(m: int, dtype, several: bool) -> dict:
-    """Of y or dx."""
+def product(m: int, dtype, slots: int, several: bool) -> dict:
+    """Of y or dx, beside tiles of `slots` slots."""
     rows = 16 if m <= 16 else 64
     if dtype == torch.float32:
         return _sizes(8, 2, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
-    if m <= 64 or several:
+    if several or slots > 32:
+        return _sizes(8, 3, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
+    if m <= 64:
         return _sizes(4, 3, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
     return _sizes(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
 
@@ -39,14 +41,14 @@ def whole(m: int, dtype, slots: int) -> dict:
         return _sizes(8, 2, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
     if m <= 64:
         return _sizes(4, 3, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
-    return _sizes(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
+    return _sizes(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
 
 
 def narrow(dtype, slots: int) -> dict:
     """Of dy, for dh and db."""
     if dtype == torch.float32:
         return _sizes(8, 2, BLOCK_M=16, BLOCK_N=128 if slots <= 32 else 64)
-    return _sizes(8, 2, BLOCK_M=64, BLOCK_N=256 if slots <= 64 else 128)
+    return _sizes(8, 2, BLOCK_M=64, BLOCK_N=256 if slots <= 16 else 128)
 
 
 def down(dtype, slots: int) -> dict:
@@ -54,6 +56,25 @@ def down(dtype, slots: int) -> dict:
     if dtype == torch.float32:
         return _sizes(8, 2, BLOCK_M=16, BLOCK_K=128)
     return _sizes(4 if slots <= 32 else 8, 2, BLOCK_M=64, BLOCK_K=128)
+
+
+def attention(dtype, d: int, dropout: bool, stages: int = 2) -> dict:
+    """Of o or dq: BLOCK_L queries and BLOCK_C keys; a mask wants 128 keys."""
+    wide = max(16, triton.next_power_of_2(d))
+    if dtype == torch.float32:
+        return _sizes(8, 1, BLOCK_L=16, BLOCK_C=128 if dropout else 32, BLOCK_D=wide)
+    if dropout:
+        return _sizes(4, 1, BLOCK_L=16, BLOCK_C=128, BLOCK_D=wide)
+    return _sizes(8 if wide > 64 else 4, stages, BLOCK_L=64, BLOCK_C=64, BLOCK_D=wide)
+
+
+def attention_keys(dtype, d: int, dropout: bool) -> dict:
+    """Of dk and dv."""
+    wide = max(16, triton.next_power_of_2(d))
+    if dtype == torch.float32:
+        return _sizes(8, 1, BLOCK_L=16, BLOCK_C=128 if dropout else 32, BLOCK_D=wide)
+    rows = 16 if dropout else 32 if wide > 64 else 64
+    return _sizes(8, 1, BLOCK_L=rows, BLOCK_C=128, BLOCK_D=wide)
 
 
 def strips(m: int, columns: int, block_m: int, programs: int) -> tuple[int, int]:

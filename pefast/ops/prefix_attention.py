@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from pefast.dispatch import Operation
 from pefast.eager import prefix_attention as eager
+from pefast.kernels import prefix_attention as triton_hand
 from pefast.native import prefix_attention as native_hand
 from pefast.ops import dropout as dropout_op
 
@@ -198,4 +199,4 @@ def _check_prefix(q, k, prefix_k, prefix_v) -> None:
         )
 
 
-OP = Operation("prefix_attention", {"native": native_hand, "eager": eager})
+OP = Operation("prefix_attention", {"native": native_hand, "triton": triton_hand, "eager": eager})

@@ -1,19 +1,16 @@
 """Faults planted in the kernels' source: the guard of the interpreter or the numbers must find each."""
 
-import importlib.util
-import itertools
-
 import pytest
 import torch
 from delta_linear_check import activated, check, dropped, hybrid, lora, one_of_many, routed, taking
 from pefast.kernels import delta_linear_gradients, delta_linear_products, waist
+from planted_faults import mutant
 
 from pefast.ops import OPS
 from pefast.ops.dropout import keep_mask
 from pefast.testing import make_inputs
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed")
-numbers = itertools.count()
 
 PRODUCTS, GRADIENTS, WAIST = "products", "gradients", "waist"
 # name: (what finds it, the road taken, the form of the call, the file, the line, the line with its fault)
@@ -243,21 +240,6 @@ FAULTS = {
         "h.to(tl.float32) * (scale[None, :] * 1.02)",
     ),
 }
-
-
-def mutant(module, folder, line, fault):
-    """`module` with one line changed, under a name and a registry of its own."""
-    name = f"{module.__name__}_mutant_{next(numbers)}"
-    text = open(module.__file__, encoding="utf-8").read()
-    assert line in text, f"no line {line!r} in {module.__file__}"
-    text = text.replace(line, fault, 1).replace('Library("pefast"', f'Library("{name.replace(".", "_")}"')
-    text = text.replace('register_fake("pefast::', f'register_fake("{name.replace(".", "_")}::')
-    path = folder / f"{name}.py"
-    path.write_text(text, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(name, path)
-    changed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(changed)
-    return changed
 
 
 def plant(monkeypatch, folder, file, line, fault):

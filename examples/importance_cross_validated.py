@@ -16,7 +16,7 @@ import pefast
 from pefast import recipe, selection, training
 from pefast.progress import Watcher
 
-RECIPE = Path(__file__).parent / "recipes" / "movie_reviews.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 SHARES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
 OUTPUT = Path("out/importance")
 console = Console(highlight=False)

@@ -15,7 +15,7 @@ from rich.table import Table
 from pefast import recipe, training
 from pefast.progress import Watcher
 
-RECIPE = Path(__file__).parent / "recipes" / "movie_reviews.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 ADAPTERS, PROMPT = recipe.read(RECIPE).methods
 # the hybrid is the recipe as it stands; it and LoRA had their learning rates chosen on a part of the training
 # rows, the others have usual ones

@@ -16,7 +16,7 @@ import pefast
 from pefast import recipe, training
 from pefast.progress import Watcher
 
-RECIPE = Path(__file__).parent / "recipes" / "movie_reviews.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 SENTENCES = (
     "a warm, funny and quietly devastating film that earns every one of its tears .",
     "two hours of noise in search of a story , and it never finds one .",

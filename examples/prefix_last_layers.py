@@ -15,7 +15,7 @@ from rich.table import Table
 import pefast
 from pefast import recipe, training
 
-RECIPE = Path(__file__).parent / "recipes" / "movie_reviews.yaml"
+RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
 PREFIX, LAYERS = pefast.Prefix(tokens=10, init="vocabulary"), pefast.Layers(last=2)
 WAYS = {"prefix": [PREFIX], "the last two layers": [LAYERS], "both": [PREFIX, LAYERS]}
 # a few vectors want larger steps than layers that know the language

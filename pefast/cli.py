@@ -41,7 +41,7 @@ def _in_words() -> Iterator[None]:
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file; examples/recipes has some.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ has some.")],
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
     lr: Annotated[float | None, typer.Option(help="Largest learning rate.")] = None,
     batch: Annotated[int | None, typer.Option(help="Rows in a step.")] = None,

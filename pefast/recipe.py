@@ -83,7 +83,7 @@ def read(path: str | Path, changes: dict[str, object] | None = None, quick: bool
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"recipe: {path} is no file; examples/recipes has some to start from")
+        raise FileNotFoundError(f"recipe: {path} is no file; recipes/ has some to start from")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

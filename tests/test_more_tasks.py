@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,19 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config,
 
 from pefast import recipe, tasks, training
 from pefast.progress import Watcher
-from pefast.tasks import causal_generation, derived, question_answering, regression, token_classification
+from pefast.tasks import (
+    causal_generation,
+    derived,
+    question_answering,
+    regression,
+    rows,
+    token_classification,
+)
 from tests import tiny_run
 from tests.tiny_run import BAD, FILLER, GOOD
 
 ROWS = 240
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +233,24 @@ def test_derived_rows():
         "PER",
         "PER",
     ]
+
+
+def test_a_column_may_be_a_text_around_columns(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": "one", "b": 2}', encoding="utf-8")
+    assert rows.read(path, {"text": "Say {a}, then {b}.", "label": "b"}) == [
+        {"text": "Say one, then 2.", "label": 2}
+    ]
+    with pytest.raises(ValueError, match="row 1 has no 'c'"):
+        rows.read(path, {"text": "Say {c}"})
+    with pytest.raises(ValueError, match="is no text around columns"):
+        rows.read(path, {"text": "Say {a"})
+
+
+def test_every_recipe_is_read_whole_and_short():
+    found = sorted(RECIPES.glob("*.yaml"))
+    assert len(found) >= 7
+    for path in found:
+        long, short = recipe.read(path), recipe.read(path, quick=True)
+        assert recipe.methods(long) and short != long, path.name
+        tasks.find(long.task)

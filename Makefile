@@ -19,7 +19,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test style format bench bench-smoke clean
+.PHONY: help environment demo test ladder style format bench bench-smoke clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -32,6 +32,11 @@ demo: environment
 
 test: environment
 	$(RUN) -m pytest $(PYTEST)
+
+# what can be shown of the GPU kernels without a GPU, every dtype, size and target; needs some minutes
+ladder: environment
+	$(RUN) -m pytest tests/ladder $(PYTEST)
+	$(RUN) tests/ladder/compile_gate.py --full --targets sm80,sm90,sm100,sm120
 
 style: environment
 	$(BIN)/ruff check .

@@ -112,6 +112,28 @@ def test_hugging_faces_layers_join(joined):
 
 
 @NEEDS_AMX
+def test_fused_layers_join(joined):
+    block = nn.Module()
+    for name in ("gate_proj", "up_proj"):
+        setattr(block, name, pefast.FusedLoRALinear(48, 64, dtype=torch.bfloat16, rank=3, dropout=0.2))
+        nn.init.normal_(getattr(block, name).lora_b)
+    x, results = torch.randn(40, 48).bfloat16(), []
+    for on in (True, False):
+        pefast.accelerate(block, siblings=on)
+        torch.manual_seed(1)
+        results.append((block.gate_proj(x), block.up_proj(x)))
+    assert joined == [2]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@NEEDS_AMX
+def test_layers_too_wide_together_are_not_grouped():
+    block = nn.Module()
+    block.gate_proj, block.up_proj = (pefast.FusedLoRALinear(8, 2000, dtype=torch.bfloat16) for _ in range(2))
+    assert not siblings.groups(pefast.accelerate(block))
+
+
+@NEEDS_AMX
 def test_under_checkpointing_each_computes_alone(joined):
     model = adapted("llama")
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -144,6 +144,25 @@ def _takes(module: nn.Module | None) -> bool:
     return plain or isinstance(module, (FusedLoRALinear, PeftLinear))
 
 
+def _weight(member: nn.Module) -> Tensor:  # [N, K]
+    if isinstance(member, DeltaHost):
+        return FORMATS[member.format].weight(member)
+    if isinstance(member, FusedLoRALinear):
+        return member.weight
+    base = member.get_base_layer()
+    return format_of(base).weight(base)
+
+
+def _gain(members: list[nn.Module]) -> bool:
+    """Whether there is a kernel for layers of these sizes and dtype, faster than each alone."""
+    weights = [_weight(member) for member in members]
+    if len({w.shape[1] for w in weights}) > 1:
+        return False
+    x = torch.empty(64, weights[0].shape[1], dtype=weights[0].dtype, device=weights[0].device)
+    call, hand = Call(x, tuple(Part(w) for w in weights)), OP.hands["native"]
+    return not hand.refuse(call) and not hand.decline(call)
+
+
 def groups(model: nn.Module) -> list[Group]:
     """The groups that there are in a model now."""
     found = {id(g): g for m in model.modules() if (g := m.__dict__.get("siblings")) is not None}
@@ -160,7 +179,7 @@ def switch(model: nn.Module, on: bool) -> None:
         children = dict(parent.named_children())
         for names in SIBLINGS:
             members = [children[name] for name in names if _takes(children.get(name))]
-            if len({type(member) for member in members}) == 1 and len(members) > 1:
+            if len({type(member) for member in members}) == 1 and len(members) > 1 and _gain(members):
                 group = Group(members)
                 for member in members:
                     member.siblings = group

@@ -178,3 +178,11 @@ def test_bad_calls_get_one_sentence():
         sibling_linear(x, ())
     with pytest.raises(ValueError, match="x has 15 columns"):
         sibling_linear(x[:, :-1], parts, ids)
+
+
+def test_too_wide_together_is_left_to_each_alone():
+    x, parts, ids, _ = inputs((5, 16), torch.bfloat16)
+    wide = Part(torch.nn.Parameter(torch.ones(2500, 16).bfloat16(), requires_grad=False))
+    native = OP.hands["native"]
+    assert native.decline(prepare(x, parts, ids)) == ""
+    assert "2651 columns" in native.decline(prepare(x, (*parts, wide), ids))

@@ -71,9 +71,11 @@ def attach(model: nn.Module, method, name: str = "default", *, head: bool | int 
         model.requires_grad_(False)
     state.adapters[name], state.claims[name] = {}, claims
     try:
-        for each, key, plan in zip(methods, keys, plans, strict=True):
-            each.enter(model, name, key, plan, state.router)
-            state.adapters[name][key] = each
+        # a method that starts from the weights starts from the base model's, whatever computes now
+        with state.router.resting():
+            for each, key, plan in zip(methods, keys, plans, strict=True):
+                each.enter(model, name, key, plan, state.router)
+                state.adapters[name][key] = each
     except ValueError:
         detach(model, name)
         raise

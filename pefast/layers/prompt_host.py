@@ -326,7 +326,8 @@ def add_prompt(owner: nn.Module, stacks: dict[str, nn.Module], router: Router) -
         hooks = PromptHooks(owner, module, stack, router)
         owner.prompt_hooks.append(hooks)
         owner.prompt_handles += [
-            module.register_forward_pre_hook(hooks.before, with_kwargs=True),
+            # first of all: a prefix's hook on the same stack counts the prompt among the tokens
+            module.register_forward_pre_hook(hooks.before, with_kwargs=True, prepend=True),
             module.register_forward_hook(hooks.after, with_kwargs=True),
         ]
 

@@ -1,5 +1,8 @@
 """Which adapters of a model compute: for the whole batch, or row by row."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,15 @@ class Router:
         self.active = names
         self.turns = tuple((name, None) for name in names)
         self.ids = self.rows = None
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Inside this context every layer is the base model's."""
+        turns, self.turns = self.turns, ()
+        try:
+            yield
+        finally:
+            self.turns = turns
 
     def route(self, turns: tuple[str, ...], ids: tuple[int, ...], device) -> None:
         """Sequence i computes with adapter turns[ids[i]], or with none where ids[i] is -1."""

@@ -148,7 +148,15 @@ def delta_linear(
             if t is not None and t.requires_grad:
                 return _DeltaLinear.apply(call, hand, *tensors)
     y, _ = OP.hands[hand].forward(call)
-    return y if flat else y.view(*x.shape[:-1], y.shape[-1])
+    return shaped(y, x)
+
+
+def shaped(y: Tensor, x: Tensor) -> Tensor:  # [M, N] -> [..., N]
+    """A new result with the leading dimensions of x; no view, for a Function's view may not be written to."""
+    if x.dim() == 2:
+        return y
+    shape = (*x.shape[:-1], y.shape[-1])
+    return y.view(shape) if torch.compiler.is_compiling() else y.resize_(shape)
 
 
 class _DeltaLinear(torch.autograd.Function):
@@ -165,7 +173,7 @@ class _DeltaLinear(torch.autograd.Function):
         # where every waist came from elsewhere and w is frozen, backward never looks at x
         kept = x if w.requires_grad or any(s.a is not None for s in call.segments) else None
         ctx.save_for_backward(kept, w, bias, gain, call.ids, call.seed, *tensors, *pairs)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return shaped(y, x)
 
     @staticmethod
     def backward(ctx, dy):
@@ -215,7 +223,7 @@ class _OneLoRA(torch.autograd.Function):
         s = call.segments[0]
         ctx.save_for_backward(x, a, b, h, z, call.w, call.seed, call.ids)
         ctx.spec = hand, call.mask, call.compute, s.scale, s.activation, s.dropout, s.adapter
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return shaped(y, x)
 
     @staticmethod
     def backward(ctx, dy):

@@ -96,11 +96,7 @@ def run(x: Tensor, call: Call, hand: str) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _SiblingLinear.apply(call, hand, *tensors)
     ys, _ = OP.hands[hand].forward(call)
-    return tuple(_unflatten(y, x) for y in ys)
-
-
-def _unflatten(y: Tensor, x: Tensor) -> Tensor:
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    return tuple(delta_op.shaped(y, x) for y in ys)
 
 
 class _SiblingLinear(torch.autograd.Function):
@@ -117,7 +113,7 @@ class _SiblingLinear(torch.autograd.Function):
         ctx.masks = [part.mask for part in call.parts]
         seeds = [part.seed for part in call.parts]
         ctx.save_for_backward(x, call.parts[0].ids, *seeds, *tensors, *saved)
-        return tuple(_unflatten(y, x) for y in ys)
+        return tuple(delta_op.shaped(y, x) for y in ys)
 
     @staticmethod
     def backward(ctx, *dys):

@@ -186,3 +186,18 @@ def test_too_wide_together_is_left_to_each_alone():
     native = OP.hands["native"]
     assert native.decline(prepare(x, parts, ids)) == ""
     assert "2651 columns" in native.decline(prepare(x, (*parts, wide), ids))
+
+
+@pytest.mark.parametrize("backend", OP.backends)
+def test_results_may_be_written_to(backend):
+    """As those of nn.Linear: an activation in place is common."""
+    x, parts, _, _ = inputs((36, 64), torch.bfloat16)
+    parts = (parts[0], parts[2])
+    skip_where_refused(backend, x, parts, None)
+    x = x.view(4, 9, 64).requires_grad_()
+    both = sibling_linear(x, parts, backend=backend)
+    alone = delta_linear(x, parts[0].w, parts[0].segments, parts[0].bias, seed=11, backend=backend)
+    for y in (*both, alone):
+        y.relu_()
+    torch.autograd.backward([y.float().sum() for y in (*both, alone)])
+    assert torch.equal(both[0], alone) and x.grad.isfinite().all()

@@ -48,7 +48,7 @@ def narrow(dtype, slots: int) -> dict:
     """Of dy, for dh and db."""
     if dtype == torch.float32:
         return _sizes(8, 2, BLOCK_M=16, BLOCK_N=128 if slots <= 32 else 64)
-    return _sizes(8, 2, BLOCK_M=64, BLOCK_N=256 if slots <= 16 else 128)
+    return _sizes(8, 2, BLOCK_M=64 if slots <= 64 else 32, BLOCK_N=256 if slots <= 16 else 128)
 
 
 def down(dtype, slots: int) -> dict:
@@ -74,7 +74,7 @@ def attention_keys(dtype, d: int, dropout: bool) -> dict:
     if dtype == torch.float32:
         return _sizes(8, 1, BLOCK_L=16, BLOCK_C=128 if dropout else 32, BLOCK_D=wide)
     rows = 16 if dropout else 32 if wide > 64 else 64
-    return _sizes(8, 1, BLOCK_L=rows, BLOCK_C=128, BLOCK_D=wide)
+    return _sizes(8, 1, BLOCK_L=rows, BLOCK_C=128 if dropout or wide <= 64 else 64, BLOCK_D=wide)
 
 
 def strips(m: int, columns: int, block_m: int, programs: int) -> tuple[int, int]:

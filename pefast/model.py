@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pefast.architectures import base_modules, heads
 from pefast.layers.head_host import HeadHost, add_head, drop_head, head_copy, last_linear
 from pefast.layers.hosts import DeltaHost, drop_deltas, merge_deltas, unmerge_deltas
+from pefast.layers.recompute import recomputed
 from pefast.layers.router import Router
 from pefast.methods import METHODS
 from pefast.methods.places import hosts
@@ -245,7 +246,7 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
     Raises ValueError for a name that is not attached, for adapters with a method that is one for the whole
     batch, or while the model is merged. Heads may differ in their number of labels: a row's missing logits
-    are -inf.
+    are -inf. A backward may come after the context, under gradient checkpointing too.
     """
     state = attached(model, "route")
     used = tuple(dict.fromkeys(each for each in names if each is not None))
@@ -259,17 +260,30 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
                     f"route: adapter {each!r} has a {type(method).__name__}, which is one for all rows;"
                     " activate takes such adapters"
                 )
-    active = state.router.active
     ids = tuple(-1 if each is None else used.index(each) for each in names)
+    with _routed(model, state, used, ids), recomputed(model, lambda: _routed(model, state, used, ids)):
+        _tell_labels(model, state, names)
+        try:
+            yield model
+        finally:
+            _tell_labels(model, state, [n for n in state.router.active if n in state.labels][-1:])
+
+
+@contextlib.contextmanager
+def _routed(model: nn.Module, state: Attached, used: tuple[str, ...], ids: tuple[int, ...]) -> Iterator[None]:
+    """Inside this context rows compute by these ids; then what computed before does again."""
+    router = state.router
+    if router.ids is ids:
+        yield
+        return
+    before, on = (router.turns, router.ids, router.rows), state.on
     _switch(model, state, used)
-    state.router.route(used, ids, next(model.parameters()).device)
-    _tell_labels(model, state, names)
+    router.route(used, ids, next(model.parameters()).device)
     try:
-        yield model
+        yield
     finally:
-        state.router.activate(active)
-        _switch(model, state, active)
-        _tell_labels(model, state, [each for each in active if each in state.labels][-1:])
+        router.turns, router.ids, router.rows = before
+        _switch(model, state, on)
 
 
 def merge(model: nn.Module) -> nn.Module:

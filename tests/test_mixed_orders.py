@@ -2,14 +2,17 @@
 and trained by a backward that comes after the switch.
 """
 
+import io
+
 import pytest
 import torch
 
 import pefast
 from pefast.model import parameters_of
-from tests.models import FAMILIES, assert_close, build, inputs, logits, stir
+from tests.cases import CASES
+from tests.models import FAMILIES, assert_close, build, inputs, logits, stir, trained
 
-LoRA, Prompt, Prefix = pefast.LoRA, pefast.Prompt, pefast.Prefix
+LoRA, Adapter, Prompt, Prefix, IA3 = pefast.LoRA, pefast.Adapter, pefast.Prompt, pefast.Prefix, pefast.IA3
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -37,3 +40,57 @@ def test_prefix_and_prompt_compute_the_same_in_either_order(family):
                 parameter.copy_(values[key])
         found.append(logits(model, **fed))
     assert_close(found[1], found[0], 1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoint", "reentrant"])
+@pytest.mark.parametrize("method", [LoRA(4), LoRA(4, dora=True), IA3(), Adapter(6), Prefix(3)], ids=repr)
+@every_family
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+def test_backward_behind_a_route_under_checkpointing(family, method, reentrant):
+    model, fed = build(family).train(), inputs(family)
+    for seed, name in enumerate(("one", "two")):
+        stir(pefast.attach(model, method, name), seed)
+    pefast.activate(model, ["two", "one"])
+
+    def gradients():
+        losses = []
+        for names in (["one", "two", None], ["two", "two", "one"]):
+            with pefast.route(model, names):
+                losses.append(model(**fed).logits.square().mean())
+        model.zero_grad()
+        sum(losses).backward()
+        return {name: parameter.grad for name, parameter in trained(model).items()}
+
+    right = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    for name, gradient in gradients().items():
+        assert_close(gradient, right[name])
+
+
+def test_a_route_inside_a_route_gives_the_outer_one_back():
+    model, fed = build("bert"), inputs("bert")
+    for seed, name in enumerate(("one", "two")):
+        stir(pefast.attach(model, LoRA(rank=4), name), seed)
+    with pefast.route(model, ["one", "two", None]):
+        right = logits(model, **fed)
+        with pefast.route(model, ["two", None]):
+            assert not torch.equal(logits(model, **inputs("bert", rows=2)), right[:2])
+        assert torch.equal(logits(model, **fed), right)
+
+
+@pytest.mark.parametrize("case", ["hybrid with prefix", "prompt", "full", "columns and lora", "dora"])
+@every_family
+def test_a_model_that_pickle_wrote_goes_on(family, case):
+    model, fed = stir(pefast.attach(build(family), CASES[case])), inputs(family)
+    pefast.accelerate(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    other = torch.load(file, weights_only=False)
+    assert torch.equal(logits(other, **fed), logits(model, **fed))
+    assert list(trained(other)) == list(trained(model))
+    pefast.accelerate(pefast.detach(other), attention=False, dropout=False, loss=False, peft=False)
+    assert torch.equal(logits(other, **fed), logits(build(family), **fed))
+    assert {type(part) for part in other.modules()} == {type(part) for part in build(family).modules()}

@@ -7,9 +7,25 @@ import functools
 from torch import nn
 
 
+def _parts(module: nn.Module, protocol: int):
+    """What pickle keeps of a module: its class has no name that it could be found by, its parts have."""
+    return (_again, _under(type(module), None), module.__getstate__())
+
+
+def _again(cls: type, later: list[tuple[type, str]]) -> nn.Module:
+    """An empty module of a mixed class; the first to be mixed in is the first of `later`."""
+    for mixin, prefix in later:
+        cls = _mixed(mixin, cls, prefix)
+    return cls.__new__(cls)
+
+
 @functools.cache
 def _mixed(mixin: type, cls: type, prefix: str) -> type:
-    own = {"__doc__": f"{cls.__name__}, computed by pefast.", "mixed_prefix": prefix}
+    own = {
+        "__doc__": f"{cls.__name__}, computed by pefast.",
+        "mixed_prefix": prefix,
+        "__reduce_ex__": _parts,
+    }
     return type(f"{prefix}{cls.__name__}", (mixin, cls), own)
 
 

@@ -85,7 +85,14 @@ def _standing(tensor: str) -> type:
             now = replacement.over(now)
         return now
 
-    return type(f"Standing{tensor.title()}", (nn.Module,), {tensor: property(look)})
+    return type(f"Standing_{tensor}", (nn.Module,), {tensor: property(look)})
+
+
+def __getattr__(name: str) -> type:
+    """Where pickle finds a class that _standing made."""
+    if name.startswith("Standing_"):
+        return _standing(name.removeprefix("Standing_"))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class ChosenHost(nn.Module):

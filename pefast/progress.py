@@ -86,4 +86,6 @@ class Watcher(TrainerCallback):
                 f"training: the loss is {loss} at step {step}; a smaller training.lr may help"
             )
         speed = (len(self.times) - 1) / (self.times[-1] - self.times[0])
-        return f"loss {loss:.3f}  accuracy {accuracy:.3f}  {speed:.1f} steps/s"
+        # a loss that came without logits says nothing of hits
+        hits = "" if math.isnan(accuracy) else f"accuracy {accuracy:.3f}  "
+        return f"loss {loss:.3f}  {hits}{speed:.1f} steps/s"

@@ -276,6 +276,8 @@ def _arguments(run: Run, folder: Path) -> TrainingArguments:
         logging_steps=10,
         report_to="tensorboard" if wanted.tensorboard else "none",
         disable_tqdm=True,
+        # the collator gives what the model takes; a forward that pefast wraps has no names to choose by
+        remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         # said, so that processes of torchrun find each other without a GPU too
         use_cpu=not torch.cuda.is_available(),

@@ -105,8 +105,8 @@ def _check_attach(methods: list, name: str, state: Attached | None) -> None:
         raise ValueError(
             f"attach: the name {name!r} is taken; detach it, or choose another than {sorted(state.adapters)}"
         )
-    if state is not None and state.merged:
-        raise ValueError("attach: the model is merged; unmerge it first")
+    if state is not None:
+        _settled(state, "attach")
     for each in methods:
         each.check()
 
@@ -152,11 +152,12 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Without any it is the base model again, bit for bit.
 
-    Raises ValueError for a name that is not attached.
+    Raises ValueError for a name that is not attached, or inside a route.
     """
     state = attached(model, "detach")
     if name is not None:
         _known(state, (name,), "detach")
+    _unrouted(state, "detach")
     if state.merged:
         unmerge(model)
     gone = list(state.adapters) if name is None else [name]
@@ -185,13 +186,12 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 def activate(model: nn.Module, name: str | Sequence[str] | None) -> nn.Module:
     """These adapters compute and train, all others rest; None is the base model. In place.
 
-    Raises ValueError for a name that is not attached, or while the model is merged.
+    Raises ValueError for a name that is not attached, while the model is merged, or inside a route.
     """
     state = attached(model, "activate")
     names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
     _known(state, names, "activate")
-    if state.merged:
-        raise ValueError("activate: the model is merged; unmerge it first")
+    _settled(state, "activate")
     together = [(f"{each!r}'s {label}", plan) for each in names for label, plan in state.claims[each]]
     refuse_overlap("activate", model, together)
     state.router.activate(names)
@@ -296,6 +296,7 @@ def merge(model: nn.Module) -> nn.Module:
     names = state.router.active
     if state.merged:
         raise ValueError("merge: the model is merged already")
+    _unrouted(state, "merge")
     if not names:
         raise ValueError(f"merge: no adapter is active; activate one of {sorted(state.adapters)}")
     if odd := {
@@ -325,6 +326,17 @@ def unmerge(model: nn.Module) -> nn.Module:
             method.unmerge(model, name, key)
     state.merged = ()
     return model
+
+
+def _settled(state: Attached, who: str) -> None:
+    if state.merged:
+        raise ValueError(f"{who}: the model is merged; unmerge it first")
+    _unrouted(state, who)
+
+
+def _unrouted(state: Attached, who: str) -> None:
+    if state.router.ids is not None:
+        raise ValueError(f"{who}: rows are routed; behind the `with` of route would be right")
 
 
 def _known(state: Attached, names: Sequence[str], who: str) -> None:

@@ -3,6 +3,8 @@ and trained by a backward that comes after the switch.
 """
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,18 @@ import torch
 import pefast
 from pefast.model import parameters_of
 from tests.cases import CASES
-from tests.models import FAMILIES, assert_close, build, inputs, logits, stir, trained
+from tests.models import (
+    FAMILIES,
+    assert_as_it_was,
+    assert_close,
+    assert_refused,
+    build,
+    inputs,
+    logits,
+    snapshot,
+    stir,
+    trained,
+)
 
 LoRA, Adapter, Prompt, Prefix, IA3 = pefast.LoRA, pefast.Adapter, pefast.Prompt, pefast.Prefix, pefast.IA3
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -94,3 +107,31 @@ def test_a_model_that_pickle_wrote_goes_on(family, case):
     pefast.accelerate(pefast.detach(other), attention=False, dropout=False, loss=False, peft=False)
     assert torch.equal(logits(other, **fed), logits(build(family), **fed))
     assert {type(part) for part in other.modules()} == {type(part) for part in build(family).modules()}
+
+
+def test_nothing_is_attached_or_switched_inside_a_route():
+    model, fed = stir(pefast.attach(build("llama"), LoRA(rank=4), "one")), inputs("llama")
+    refused = {
+        "attach": lambda: pefast.attach(model, LoRA(rank=2), "two"),
+        "activate": lambda: pefast.activate(model, None),
+        "detach": lambda: pefast.detach(model, "one"),
+        "merge": lambda: pefast.merge(model),
+    }
+    with pefast.route(model, ["one", None, "one"]):
+        right, before = logits(model, **fed), snapshot(model)
+        for who, action in refused.items():
+            assert_refused(action, f"{who}: rows are routed")
+        assert_as_it_was(model, before)
+        assert torch.equal(logits(model, **fed), right)
+    pefast.merge(model)
+
+
+def test_a_pickled_prefix_computes_in_a_process_that_has_not_seen_pefast(tmp_path):
+    model, fed = stir(pefast.attach(build("t5"), Prefix(tokens=3))), inputs("t5")
+    torch.save((model, fed, logits(model, **fed)), tmp_path / "model.pt")
+    lines = [
+        f"import torch; model, fed, right = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)",
+        "with torch.no_grad(): print(torch.equal(model(**fed).logits, right))",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr

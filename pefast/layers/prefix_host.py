@@ -109,6 +109,11 @@ class PrefixHost:
         # [config, its attention before]: changed while an adapter with a prefix is active
         self.lent: list[list] = []
 
+    def __setstate__(self, state: dict) -> None:
+        # a model that another process pickled has the name in its config
+        attention.register()
+        self.__dict__.update(state)
+
     def turns(self) -> list[tuple[PrefixTokens, int | None]]:
         """The prefixes that compute now, with their number in a route; one that adapters share comes once."""
         found: list[tuple[PrefixTokens, int | None]] = []

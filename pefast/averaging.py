@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pefast.methods import LoRA
+from pefast.methods.choosing import Choosing
 from pefast.methods.lora import file_names
 from pefast.methods.places import deltas_of
 from pefast.model import attach, attached, head_tensors, parameters_of
@@ -36,6 +37,8 @@ def average(
         others = [state.adapters[each][key] for each in names[1:]]
         if isinstance(first, LoRA):
             methods.append(_lora(model, names, key, rank))
+        elif isinstance(first, Choosing):
+            methods.append(_chosen(model, names, key))
         elif any(other != first for other in others):
             raise ValueError(
                 f"average: {', '.join(names)} have a {type(first).__name__} of different settings"
@@ -84,6 +87,25 @@ def _check(state, weights: Mapping[str, float], rank: int | None) -> None:
                 raise ValueError(
                     f"average: {each!r} is a DoRA, whose lengths do not add up; LoRAs would be right"
                 )
+
+
+def _chosen(model: nn.Module, names: list[str], key: str) -> Choosing:
+    """The same entries once more, however they were chosen. Raises ValueError where adapters have others."""
+    state, entries = attached(model, "average"), []
+    for each in names:
+        method = state.adapters[each][key]
+        tensors = method.tensors(model, each, key)
+        entries.append(type(method).from_config(method.config(model, each, key), tensors))
+    numbers = [
+        {path: index and (index.kind, index.tile, index.at.tolist()) for path, index in each.saved.items()}
+        for each in entries
+    ]
+    for each, other in zip(names, numbers, strict=True):
+        if other != numbers[0]:
+            raise ValueError(
+                f"average: {names[0]!r} and {each!r} train different entries; the same ones would be right"
+            )
+    return entries[0]
 
 
 def _lora(model: nn.Module, names: list[str], key: str, rank: int | None) -> LoRA:

@@ -189,7 +189,8 @@ def activate(model: nn.Module, name: str | Sequence[str] | None) -> nn.Module:
     Raises ValueError for a name that is not attached, while the model is merged, or inside a route.
     """
     state = attached(model, "activate")
-    names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
+    # a name that comes twice counts once
+    names = () if name is None else (name,) if isinstance(name, str) else tuple(dict.fromkeys(name))
     _known(state, names, "activate")
     _settled(state, "activate")
     together = [(f"{each!r}'s {label}", plan) for each in names for label, plan in state.claims[each]]

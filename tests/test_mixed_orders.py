@@ -135,3 +135,34 @@ def test_a_pickled_prefix_computes_in_a_process_that_has_not_seen_pefast(tmp_pat
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_transformers_saves_a_model_whose_tied_words_train(family, tmp_path):
+    model, fed = stir(pefast.attach(build(family), pefast.Full(), "one")), inputs(family)
+    pefast.merge(stir(pefast.attach(model, pefast.Layers(embeddings=True), "two")))
+    model.save_pretrained(tmp_path)
+    assert_close(logits(type(model).from_pretrained(tmp_path).eval(), **fed), logits(model, **fed))
+
+
+def test_an_adapter_named_twice_computes_once():
+    model, fed = stir(pefast.attach(build("llama"), LoRA(rank=4), "one")), inputs("llama")
+    right = logits(pefast.activate(model, "one"), **fed)
+    assert torch.equal(logits(pefast.activate(model, ["one", "one"]), **fed), right)
+
+
+def test_chosen_entries_are_averaged_where_they_are_the_same(tmp_path):
+    model = build("llama")
+    for seed, name in enumerate(("one", "two")):
+        stir(pefast.attach(model, pefast.Subnetwork(fraction=0.1), name), seed)
+        pefast.save(model, tmp_path / name, name)
+    pefast.attach(model, pefast.Subnetwork(fraction=0.1, seed=1), "other")
+    assert_refused(lambda: pefast.average(model, {"one": 1.0, "other": 1.0}), "different entries")
+    # what came from a folder has no settings to choose by
+    model = build("llama")
+    for name in ("one", "two"):
+        pefast.load(model, tmp_path / name, name)
+    pefast.average(model, {"one": 0.25, "two": 0.75}, "mix")
+    found = [parameters_of(model, name) for name in ("one", "two", "mix")]
+    for one, two, mix in zip(*(each.values() for each in found), strict=True):
+        assert_close(mix, 0.25 * one + 0.75 * two, 1e-6)

@@ -30,6 +30,7 @@ class Replacement(nn.Module):
         self.kind, self.tile = (None, None) if index is None else (index.kind, index.tile)
         self.register_buffer("at", None if index is None else index.at, persistent=False)
         self.before: Tensor | None = None  # while merged: what the own tensor held
+        self.placed = False  # whether a module has it already
 
     @property
     def index(self) -> Index | None:
@@ -65,6 +66,11 @@ class Replaced(nn.ModuleDict):
     """The replacements of one module's tensors: [adapter name][key][tensor name]."""
 
     router: Router
+
+    def __init__(self):
+        super().__init__()
+        # values that another module has too, as the save_pretrained of transformers asks for them
+        self._tied_weights_keys: dict[str, str] = {}
 
     def active(self, tensor: str) -> Iterator[Replacement]:
         """Those of one tensor that compute now."""
@@ -135,11 +141,17 @@ def replace(module: nn.Module, tensor: str, router: Router, name: str, key: str,
             keys[step] = nn.ModuleDict()
         keys = keys[step]
     keys[tensor] = given
+    if given.placed:
+        module.replaced._tied_weights_keys[f"{name}.{key}.{tensor}.values"] = tensor
+    given.placed = True
 
 
 def give_back(module: nn.Module, name: str, key: str) -> None:
     """Takes what one method of an adapter put on a module off; the last to go gives the class back."""
     tensors = {each for keys in module.replaced.values() for parts in keys.values() for each in parts}
+    ties = module.replaced._tied_weights_keys
+    for tensor in module.replaced[name][key]:
+        ties.pop(f"{name}.{key}.{tensor}.values", None)
     del module.replaced[name][key]
     if not module.replaced[name]:
         del module.replaced[name]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import pefast
 from pefast.model import parameters_of
@@ -166,3 +167,13 @@ def test_chosen_entries_are_averaged_where_they_are_the_same(tmp_path):
     found = [parameters_of(model, name) for name in ("one", "two", "mix")]
     for one, two, mix in zip(*(each.values() for each in found), strict=True):
         assert_close(mix, 0.25 * one + 0.75 * two, 1e-6)
+
+
+def test_transformers_saves_a_model_whose_adapters_share_a_prefix(tmp_path):
+    model = pefast.attach(build("llama"), Prefix(tokens=3), "one")
+    pefast.attach(pefast.attach(model, Prefix(share="one"), "two"), Prefix(share="two"), "three")
+    model.save_pretrained(tmp_path / "three")
+    pefast.detach(model, "one").save_pretrained(tmp_path / "two")
+    for folder in ("three", "two"):
+        found = [key for key in load_file(tmp_path / folder / "model.safetensors") if "prefixes" in key]
+        assert len(found) == 1

@@ -8,6 +8,7 @@ part of P by itself, so that gradient checkpointing, of either kind, can do it a
 of V have their positions moved on by V. Paper: Li and Liang 2021, arXiv:2101.00190.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -104,6 +105,8 @@ class PrefixHost:
     def __init__(self, router: Router, positions: str):
         self.router, self.positions = router, positions
         self.prefixes = nn.ModuleDict()
+        # prefixes that an adapter before has too, as the save_pretrained of transformers asks for them
+        self.prefixes._tied_weights_keys = {}
         self.handles: list = []
         self.active: tuple[str, ...] = ()
         # [config, its attention before]: changed while an adapter with a prefix is active
@@ -299,6 +302,8 @@ def add_prefix(model: nn.Module, body: nn.Module, host: PrefixHost, name: str, t
         module = model.get_submodule(path)
         if not hasattr(module, "prefix_slot"):
             module.prefix_slot = PrefixSlot(host, path, firsts.get(id(module)))
+    if any(tokens is other for other in host.prefixes.values()):
+        host.prefixes._tied_weights_keys[rf"{re.escape(name)}\."] = name
     host.prefixes[name] = tokens
 
 
@@ -306,6 +311,7 @@ def drop_prefix(body: nn.Module, name: str) -> None:
     """Takes an adapter's prefix away; with the last one hooks and slots go."""
     host = body.prefix_host
     del host.prefixes[name]
+    host.prefixes._tied_weights_keys.pop(rf"{re.escape(name)}\.", None)
     needed = {path for tokens in host.prefixes.values() for path in tokens.sizes.pairs}
     for module in body.modules():
         if hasattr(module, "prefix_slot") and module.prefix_slot.path not in needed:

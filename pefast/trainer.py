@@ -187,7 +187,9 @@ class AdapterTrainer(Trainer):
                 shutil.rmtree(old)
 
     def _save(self, output_dir=None, state_dict=None):
-        pefast.save(self.accelerator.unwrap_model(self.model), Path(output_dir) / ADAPTER)
+        # the Trainer calls this in every process
+        if self.args.should_save:
+            pefast.save(self.accelerator.unwrap_model(self.model), Path(output_dir) / ADAPTER)
 
     def _load_best_model(self):
         refill(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint) / ADAPTER)

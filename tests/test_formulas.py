@@ -79,7 +79,8 @@ def test_an_adapter_computes_its_formula(family, case):
     model = stir(pefast.attach(build(family), method, head=False), size=0.3)
     weights = parameters_of(model, "default")
     plain = build(family).requires_grad_(False)
-    pairs = exits(plain, family, method._around(), method.layers or (0, 1))
+    around = [method.around] if isinstance(method.around, str) else method.around
+    pairs = exits(plain, family, around, method.layers or (0, 1))
     assert {exit for _, exit in pairs} == {name.split("/")[1].rsplit(".", 1)[0] for name in weights}
     assert next(iter(weights.values())).shape[0] == (method.size or 32 // 4)
     with_hooks(plain, pairs, weights, method)

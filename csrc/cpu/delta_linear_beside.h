@@ -64,6 +64,33 @@ class Beside {
         keep.step();
     }
 
+    // whether what waits has no mask and no gain, and there is no mask to make
+    bool plain() const { return !waiting.masks.count && !waiting.gain && keep.done(); }
+
+    // the same beside products(step), with all that a plain step reads in registers: written back at every step it
+    // cost 3 to 5 of 100 at 512 x 384 x 384
+    template <class Products>
+    void plainly(const Products& products) {
+        const float* sums = waiting.sums;
+        bf16 *to = waiting.to, *ahead = soon;
+        const int64_t ld = waiting.ld, ahead_ld = soon_ld;
+        const __mmask32 inside = waiting.inside;
+        int64_t count = waiting.count, ahead_count = soon_rows;
+        const int stores = each, aheads = soon_each;
+        Fetch of_strip = strip, of_rows = rows;
+        products([&]() __attribute__((always_inline)) {
+            for (int i = 0; i < stores && count; ++i, --count, sums += STRIP, to += ld)
+                _mm512_mask_storeu_epi16(to, inside,
+                                         rounded(_mm512_load_ps(sums), _mm512_load_ps(sums + SIDE)));
+            for (int i = 0; i < aheads && ahead_count; ++i, --ahead_count, ahead += ahead_ld)
+                __builtin_prefetch(ahead, 1, 2);
+            of_strip.step();
+            of_rows.step();
+        });
+        waiting.sums = sums, waiting.to = to, waiting.count = count;
+        soon = ahead, soon_rows = ahead_count, strip = of_strip, rows = of_rows;
+    }
+
     void wait(const Rows& next) {
         finish();
         waiting = next;
@@ -141,7 +168,12 @@ inline void multiply_rows(const Strip& s, const Factors& main, int64_t row, bool
     sized(s.rows - row, STRIP, [&](auto tall, auto wide) {
         constexpr int ROWS = decltype(tall)::value, COLUMNS = decltype(wide)::value;
         first ? begin_sums<ROWS, COLUMNS>(s.start) : load_sums<ROWS, COLUMNS>(sums);
-        accumulate<ROWS, COLUMNS>(rows_from(main, row), beside);
+        if (beside.plain())
+            beside.plainly([&](auto&& step) __attribute__((always_inline)) {
+                accumulate<ROWS, COLUMNS>(rows_from(main, row), step);
+            });
+        else
+            accumulate<ROWS, COLUMNS>(rows_from(main, row), beside);
         for (const Factors& side : s.sides)
             if (last) accumulate<ROWS, COLUMNS>(rows_from(side, row));
         store_sums<ROWS, COLUMNS>(sums);

@@ -53,9 +53,10 @@ class KeepRows {
             step();
     }
 
-  private:
+    // whether no row is left
     bool done() const { return row == count && mask == last && block + 1 >= blocks; }
 
+  private:
     uint32_t key(int word, uint32_t round) const {
         return draw.key[word] + round * (word ? PHILOX_W1 : PHILOX_W0);
     }

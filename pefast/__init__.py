@@ -32,8 +32,8 @@ _HOMES = {
     "activate": "model",
     "average": "averaging",
     "route": "model",
-    "save": "checkpoint",
-    "load": "checkpoint",
+    "save": "folders",
+    "load": "folders",
     "explain": "report",
     "parameter_groups": "optimizer",
     "backend": "dispatch",
@@ -76,8 +76,8 @@ if TYPE_CHECKING:
     from pefast import ops
     from pefast.acceleration import accelerate
     from pefast.averaging import average
-    from pefast.checkpoint import load, save
     from pefast.dispatch import backend
+    from pefast.folders import load, save
     from pefast.layers import FusedLoRALinear
     from pefast.methods import (
         IA3,

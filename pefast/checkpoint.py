@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,12 +43,7 @@ _TASK_TYPES = {
 
 
 def save(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -> Path:
-    """Writes one adapter, with its task head, to a folder: the one called `name`, or the only active one.
-
-    LoRA and Prompt are PEFT's own files, which PeftModel.from_pretrained reads. An adapter of several methods
-    gets a sub-folder for each and a manifest. The folder appears whole or not at all; other files in it are
-    kept. Raises ValueError where it is not clear which adapter is meant, or the folder is a file.
-    """
+    """Writes one adapter, with its task head, to a folder; see folders.save for what the user is told."""
     state = attached(model, "save")
     name = _one_adapter(state, name)
     methods = state.adapters[name]
@@ -71,7 +67,7 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -
                 save_file(head, part / HEAD, metadata={"format": "pt"})
             content = {"pefast_version": __version__, "methods": list(methods), "head": bool(head)}
             _write_json(part / MANIFEST, content | _own_labels(state, name))
-        _move_into_place(part, folder)
+        move_into_place(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -144,7 +140,7 @@ def _task_type(model: nn.Module, prompt_learning: bool, with_head: bool) -> str 
     return task
 
 
-def _move_into_place(part: Path, folder: Path) -> None:
+def move_into_place(part: Path, folder: Path) -> None:
     """Renames `part` to `folder`, where other files of an older folder stay; an error puts all of it back."""
     if not folder.exists():
         os.rename(part, folder)
@@ -169,19 +165,15 @@ def _move_into_place(part: Path, folder: Path) -> None:
 def _own_names(folder: Path) -> set[str]:
     """Names in an adapter's folder that are the adapter's own."""
     names = {MANIFEST, CONFIG, TENSORS, HEAD, RESUME}
+    if several := adapters_of(folder):
+        return names | set(several)
     return names | set(_read_manifest(folder).methods if (folder / MANIFEST).exists() else ())
 
 
 def load(
     model: nn.Module, folder: str | os.PathLike, name: str = "default", *, trainable: bool = True
 ) -> nn.Module:
-    """Attaches the adapter that a folder holds, under `name`, in place: pefast's own folders and PEFT's LoRA
-    and prompt tuning.
-
-    With trainable=False its parameters are frozen, and what a folder keeps for training alone stays there.
-    Raises FileNotFoundError or ValueError, in one sentence that names the tensor and both shapes where they
-    differ, and then leaves the model as it was.
-    """
+    """Attaches the adapter that a folder of one holds; see folders.load for what the user is told."""
     folder = Path(folder)
     parts = _read(folder, trainable)
     methods = [_method(part, model, folder) for part in parts.methods]
@@ -303,8 +295,54 @@ def _read_method(folder: Path, trainable: bool) -> _Part:
         )
     resume = _read_tensors(folder / RESUME) if trainable and (folder / RESUME).exists() else {}
     tensors = _read_tensors(folder / TENSORS)
+    if config.get("share") and not any(METHODS[kind].owns(key) for key in tensors):
+        tensors |= _left_elsewhere(folder, config["share"], kind)
     tensors = {key: tensor for key, tensor in tensors.items() if not METHODS[kind].repeats(key)}
     return _Part(kind, {**config, "resumes": bool(resume)}, tensors, resume)
+
+
+def _left_elsewhere(folder: Path, share: str, kind: str) -> dict[str, Tensor]:
+    """The tensors that an adapter of a folder of several shares with the one called `share`."""
+    for above in (folder.parent, folder.parent.parent):
+        for place in (above / share, above / share / kind):
+            # a name that leads elsewhere is no name of an adapter
+            if "/" not in share and "." not in share and (place / TENSORS).exists():
+                found = _read_tensors(place / TENSORS)
+                return {key: tensor for key, tensor in found.items() if METHODS[kind].owns(key)}
+    raise FileNotFoundError(f"load: {folder} shares with the adapter {share!r}, which is not beside it")
+
+
+def leave_shared(folder: Path, names: Sequence[str]) -> None:
+    """Takes out of an adapter's new folder what it shares with another one of `names`."""
+    for path in folder.rglob(CONFIG):
+        config = _read_json(path)
+        if config.get("share") not in names:
+            continue
+        owns = METHODS[_PEFT_TYPES[config["peft_type"]]].owns
+        tensors = load_file(path.parent / TENSORS)
+        kept = {key: tensor for key, tensor in tensors.items() if not owns(key)}
+        save_file(kept, path.parent / TENSORS, metadata={"format": "pt"})
+        (path.parent / RESUME).unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path, adapters: Sequence[str]) -> None:
+    """Says which adapters a folder of several holds."""
+    _write_json(folder / MANIFEST, {"pefast_version": __version__, "adapters": list(adapters)})
+
+
+def adapters_of(folder: Path) -> list[str]:
+    """The adapters of a folder of several; empty for a folder of one."""
+    if not (folder / MANIFEST).exists():
+        return []
+    names = _read_json(folder / MANIFEST).get("adapters", [])
+    # a name that leads out of the folder is no name of an adapter
+    if not isinstance(names, list) or not all(
+        isinstance(each, str) and each and not set(each) & set("/\\.") for each in names
+    ):
+        raise ValueError(
+            f"load: {folder / MANIFEST} has adapters {names!r}; names of folders beside it are right"
+        )
+    return names
 
 
 def _read_json(path: Path) -> dict:

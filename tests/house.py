@@ -23,6 +23,7 @@ FLOORS = (
     ("recipe", "trainer"),
     ("progress",),
     ("tasks",),
+    ("folders",),
     ("checkpoint", "report", "acceleration", "optimizer", "averaging"),
     ("model",),
     ("methods",),

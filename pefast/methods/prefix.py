@@ -59,7 +59,7 @@ class Prefix(Method):
     tokenizer       a tokenizer, or None: the one of the model's own folder
     share           the name of another adapter of the model: one prefix for both, trained by the rows of
                     either, in memory once. Its tokens, attentions and network are then those of the other;
-                    each adapter saves a folder that is whole, and loading both shares again
+                    saved alone an adapter is whole; saved together the prefix is stored once
 
     Attention is computed by pefast while an adapter with a prefix is active, and as before otherwise. Every
     query sees the prefix, beyond a sliding window too. Vectors P [l, d] before the input, which are called

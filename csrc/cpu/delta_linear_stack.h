@@ -260,8 +260,8 @@ class PackedWaist {
             const Segment& s = *place.s;
             // not or: a scale below zero makes -0 of what lies outside
             if (const __mmask32 inside = Stack::shared(c, place))
-                v = _mm512_mask_mov_epi16(
-                    v, inside, load_master(s.b, n * s.R + c.slot - place.slot, inside, s.scale));
+                v = _mm512_mask_mov_epi16(v, inside,
+                                          load_master(s.b, n * s.R + c.slot - place.slot, inside, s.scale));
             if (const __mmask32 one = Stack::ones(c, place)) {
                 bf16 d;
                 narrow(s.scale * number_of(s.d, n), &d);

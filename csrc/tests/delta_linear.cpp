@@ -5,57 +5,18 @@
 //     g++ $FLAGS csrc/tests/delta_linear.cpp csrc/cpu/{isa,delta_linear*,p*_amx}.cpp -o /tmp/fuzz && /tmp/fuzz 1000
 #include "../cpu/delta_linear.h"
 
-#include <sys/mman.h>
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
-#include <random>
 #include <vector>
 
 #include "../cpu/pack.h"
+#include "guarded.h"
 
 using namespace pefast;
 
 namespace {
-
-std::mt19937 generator(1);
-
-int64_t any(int64_t low, int64_t high) {
-    return std::uniform_int_distribution<int64_t>(low, high)(generator);
-}
-
-// numbers between two forbidden pages, against the one or the other
-template <class T>
-class Guarded {
-  public:
-    explicit Guarded(int64_t count) {
-        const size_t PAGE = 4096, bytes = count * sizeof(T), room = (bytes + PAGE - 1) / PAGE * PAGE;
-        size = room + 2 * PAGE;
-        base = static_cast<char*>(mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        mprotect(base + PAGE, room, PROT_READ | PROT_WRITE);
-        at = reinterpret_cast<T*>(base + PAGE + (any(0, 1) ? room - bytes : 0));
-        std::memset(base + PAGE, 0xff, room);  // a NaN in every type
-    }
-    ~Guarded() { munmap(base, size); }
-    Guarded(const Guarded&) = delete;
-    Guarded& operator=(const Guarded&) = delete;
-    T& operator[](int64_t i) { return at[i]; }
-
-    T* at;
-
-  private:
-    char* base;
-    size_t size;
-};
-
-void fill(bf16* to, int64_t rows, int64_t columns, int64_t ld) {
-    std::normal_distribution<float> normal;
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c) narrow(normal(generator), to + r * ld + c);
-}
 
 // parameters of one segment and where its gradients go; those that are there are filled with numbers
 struct SegmentCase {

@@ -8,8 +8,8 @@ import torch
 
 from pefast.native import delta_linear as native
 from pefast.native import sibling_linear
-from pefast.ops.delta_linear import Call, Needs, Segment, reference
 from pefast.testing import assert_no_worse
+from tests import one_lora
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
@@ -27,7 +27,6 @@ SHAPES = [
     (1100, 64, 96, 5),
     (96, 2048, 64, 16),
 ]
-ALL = Needs(True, False, False, False, ((True, True, False, False, False),))
 
 
 @pytest.fixture(autouse=True)
@@ -41,47 +40,19 @@ def _one_thread():
 def make_call(
     shape, dropout=0.0, masters=torch.float32, bias=True, apart=0, conv1d=False, scale=1.5
 ) -> tuple:
-    """A call and a gradient of its result; rows of x and dy have `apart` numbers between them."""
-    m, k, n, r = shape
-    generator = torch.Generator().manual_seed(m * 7 + k * 3 + n + r)
-
-    def normal(*size, kind=torch.bfloat16, by=1.0):
-        return (torch.randn(*size, generator=generator, dtype=torch.float64) * by).to(kind)
-
-    w = normal(k, n, by=k**-0.5).t() if conv1d else normal(n, k, by=k**-0.5)
-    w = torch.nn.Parameter(w, requires_grad=False)
-    a, b = normal(r, k, kind=masters, by=k**-0.5), normal(n, r, kind=masters, by=r**-0.5)
-    seed = torch.tensor([123456789012345])
-    segment = Segment(a, b, scale, dropout=dropout)
-    x, dy = normal(m, k + apart)[:, :k], normal(m, n + apart)[:, :n]
-    call = Call(x, w, normal(n) if bias else None, None, None, seed, (segment,))
+    """A call and a gradient of its result, or a skip where the hand cannot run it."""
+    call, dy = one_lora.make(shape, torch.bfloat16, dropout, bias, apart, conv1d, masters, scale)
     if why := native.refuse(call):
         pytest.skip(why)
     return call, dy
 
 
 def run(call, dy) -> dict:
-    y, saved = native.forward(call)
-    dx, _, _, _, [(da, db, *_)] = native.backward(call, saved, dy, ALL)
-    return {"y": y, "h": saved[0][0], "dx": dx, "da": da, "db": db}
-
-
-def formula(call, dy, dtype) -> dict:
-    s = call.segments[0]
-    x, w, a, b = (t.detach().to(dtype).requires_grad_() for t in (call.x, call.w, s.a, s.b))
-    bias = None if call.bias is None else call.bias.to(dtype)
-    y = reference(x, w, (s._replace(a=a, b=b),), bias, seed=call.seed)
-    # the waist is what a delta with b = 1 would add
-    eye = torch.eye(len(a), dtype=dtype)
-    h = reference(
-        x, torch.zeros(len(a), x.shape[1], dtype=dtype), (s._replace(a=a, b=eye, scale=1.0),), seed=call.seed
-    )
-    dx, da, db = torch.autograd.grad(y, (x, a, b), dy.to(dtype))
-    return {"y": y.detach(), "h": h.detach(), "dx": dx, "da": da, "db": db}
+    return one_lora.results(native, call, dy)
 
 
 def assert_close(got: dict, call, dy) -> None:
-    near, exact = formula(call, dy, torch.bfloat16), formula(call, dy, torch.float64)
+    near, exact = one_lora.formula(call, dy, torch.bfloat16), one_lora.formula(call, dy, torch.float64)
     for name in got:
         # fp32 gradients come from bf16 products: held to what bf16 allows
         assert_no_worse(name, got[name].to(torch.bfloat16), near[name], exact[name])
@@ -120,20 +91,10 @@ def test_zero_rows():
     assert not got["da"].any() and not got["db"].any()
 
 
-@pytest.mark.parametrize("fault", ["scale", "rank", "column", "element", "mask"])
+@pytest.mark.parametrize("fault", one_lora.FAULTS)
 def test_the_measure_finds_planted_faults(fault):
     call, dy = make_call((64, 128, 96, 8), 0.5)
-    s = call.segments[0]
-    wrong = {
-        "scale": s._replace(scale=s.scale * 1.02),
-        "rank": s._replace(b=s.b * (torch.arange(8) < 7)),
-        "column": s._replace(a=s.a * (torch.arange(128) < 127)),
-        "element": s,
-        "mask": s,
-    }[fault]
-    got = run(call._replace(segments=(wrong,), seed=call.seed + (fault == "mask")), dy)
-    if fault == "element":
-        got["dx"][5, 7] += 1
+    got = one_lora.planted(run, call, dy, fault)
     with pytest.raises(AssertionError):
         assert_close(got, call, dy)
 
@@ -143,23 +104,12 @@ def test_the_measure_finds_planted_faults(fault):
 )
 def test_same_bits_every_run_and_for_any_number_of_threads(shape):
     call, dy = make_call(shape, 0.05)
-    first = run(call, dy)
-    for threads in (1, 2, 3, 5):
-        torch.set_num_threads(threads)
-        again = run(call, dy)
-        different = [name for name in first if not torch.equal(first[name], again[name])]
-        assert not different, f"{different} differ with {threads} threads"
+    one_lora.assert_same_bits(lambda: run(call, dy))
 
 
 def test_only_the_gradients_asked_for():
     call, dy = make_call((50, 64, 48, 8), 0.05)
-    whole = run(call, dy)
-    _, saved = native.forward(call)
-    for x, a, b in [(True, False, False), (False, True, False), (False, False, True), (False, False, False)]:
-        needs = Needs(x, False, False, False, ((a, b, False, False, False),))
-        dx, _, _, _, [(da, db, *_)] = native.backward(call, saved, dy, needs)
-        for name, asked, got in (("dx", x, dx), ("da", a, da), ("db", b, db)):
-            assert torch.equal(got, whole[name]) if asked else got is None, name
+    one_lora.assert_only_what_is_asked_for(native, call, dy, run(call, dy))
 
 
 def test_packs_follow_writes_and_leave_with_the_weight():

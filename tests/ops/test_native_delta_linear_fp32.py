@@ -7,6 +7,7 @@ from pefast.native import delta_linear_fp32 as native
 from pefast.native import packs
 from pefast.ops.delta_linear import Call, Needs, Segment, delta_linear, reference
 from pefast.testing import assert_no_worse
+from tests import one_lora
 
 pytestmark = pytest.mark.usefixtures("nan_filled_empty")
 
@@ -186,23 +187,12 @@ def test_the_measure_finds_planted_faults(fault):
 )
 def test_same_bits_every_run_and_for_any_number_of_threads(shape, compute):
     call, dy = make_call(shape, 0.05, compute=compute)
-    first = run(call, dy)
-    for threads in (1, 2, 3, 5):
-        torch.set_num_threads(threads)
-        again = run(call, dy)
-        different = [name for name in first if not torch.equal(first[name], again[name])]
-        assert not different, f"{different} differ with {threads} threads"
+    one_lora.assert_same_bits(lambda: run(call, dy))
 
 
 def test_only_the_gradients_asked_for():
     call, dy = make_call((50, 64, 48, 8), 0.05)
-    whole = run(call, dy)
-    _, saved = native.forward(call)
-    for x, a, b in [(True, False, False), (False, True, False), (False, False, True), (False, False, False)]:
-        needs = Needs(x, False, False, False, ((a, b, False, False, False),))
-        dx, _, _, _, [(da, db, *_)] = native.backward(call, saved, dy, needs)
-        for name, asked, got in (("dx", x, dx), ("da", a, da), ("db", b, db)):
-            assert torch.equal(got, whole[name]) if asked else got is None, name
+    one_lora.assert_only_what_is_asked_for(native, call, dy, run(call, dy))
 
 
 def test_extreme_values():

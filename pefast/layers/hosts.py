@@ -33,19 +33,19 @@ class DeltaHost(nn.Module):
             return y
         if self.siblings is not None and (y := self.siblings.take(self, x)) is not None:
             return y
-        if self.merged:
+        turns = [turn for turn in self.router.turns if turn[0] in self.deltas]
+        if self.merged or not turns:
             return super().forward(x)
         segments, after, gains = [], [], {}
         weight = FORMATS[self.format].weight(self)
-        for name, index in self.router.turns:
-            if name in self.deltas:
-                for delta in self.deltas[name].values():
-                    if delta.gains:
-                        gains.setdefault(delta.gains, []).append((delta.gain(weight), index))
-                    if delta.rides:
-                        segments.append(delta.segment(index))
-                    elif not delta.gains:
-                        after.append((delta, index))
+        for name, index in turns:
+            for delta in self.deltas[name].values():
+                if delta.gains:
+                    gains.setdefault(delta.gains, []).append((delta.gain(weight), index))
+                if delta.rides:
+                    segments.append(delta.segment(index))
+                elif not delta.gains:
+                    after.append((delta, index))
         ids, bias = self.router.rows, self.bias
         if "input" in gains:
             x = multiplied(x, gains["input"], ids)

@@ -6,6 +6,7 @@ instruction set.
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -44,3 +45,33 @@ def rows_of(x: Tensor) -> Tensor:
     """x [M, K] as csrc reads it: columns are neighbours, rows do not overlap. A copy where x is not so."""
     m, k = x.shape
     return x if (x.stride(1) == 1 or k == 1) and (x.stride(0) >= k or m <= 1) else x.contiguous()
+
+
+def register_one_lora(name: str, forward: Callable, backward: Callable) -> torch.library.Library:
+    """Registers one LoRA beside a frozen layer as operators `name` and `name`_backward, with their shapes.
+
+    The operators live as long as the library that comes back.
+    """
+    library = torch.library.Library("pefast", "FRAGMENT")
+    library.define(
+        f"{name}(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, float scale, float p, Tensor? seed)"
+        " -> (Tensor, Tensor)"
+    )
+    library.define(
+        f"{name}_backward(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor h, float scale, float p,"
+        " Tensor? seed, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)"
+    )
+    library.impl(name, forward, "CPU")
+    library.impl(f"{name}_backward", backward, "CPU")
+
+    @torch.library.register_fake(f"pefast::{name}", lib=library)
+    def _(x, w, bias, a, b, scale, p, seed):
+        return x.new_empty((x.shape[0], w.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
+
+    @torch.library.register_fake(f"pefast::{name}_backward", lib=library)
+    def _(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
+        dx = dy.new_empty((x.shape[0], x.shape[1]) if need_x else 0)
+        da = a.new_empty((a.shape[0], a.shape[1]) if need_a else 0)
+        return dx, da, b.new_empty((b.shape[0], b.shape[1]) if need_b else 0)
+
+    return library

@@ -9,7 +9,7 @@ Formula: pefast/ops/delta_linear.py.
 import torch
 from torch import Tensor
 
-from pefast.native import WHY_NOT, C, packs, rows_of, sibling_linear, through_the_registry
+from pefast.native import WHY_NOT, C, packs, register_one_lora, rows_of, sibling_linear, through_the_registry
 from pefast.native import delta_linear_fp32 as fp32
 from pefast.native import delta_linear_thin as thin
 from pefast.native.packs import packed_bytes as packed_bytes
@@ -133,26 +133,4 @@ def _master(t: Tensor) -> tuple[int, bool]:
     return t.data_ptr(), t.dtype is torch.float32
 
 
-_LIBRARY = torch.library.Library("pefast", "FRAGMENT")
-_LIBRARY.define(
-    "delta_linear(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, float scale, float p, Tensor? seed)"
-    " -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "delta_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor h, float scale, float p,"
-    " Tensor? seed, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.impl("delta_linear", _forward, "CPU")
-_LIBRARY.impl("delta_linear_backward", _backward, "CPU")
-
-
-@torch.library.register_fake("pefast::delta_linear", lib=_LIBRARY)
-def _(x, w, bias, a, b, scale, p, seed):
-    return x.new_empty((x.shape[0], w.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
-
-
-@torch.library.register_fake("pefast::delta_linear_backward", lib=_LIBRARY)
-def _(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
-    dx = x.new_empty((x.shape[0], x.shape[1]) if need_x else 0)
-    da = a.new_empty((a.shape[0], a.shape[1]) if need_a else 0)
-    return dx, da, b.new_empty((b.shape[0], b.shape[1]) if need_b else 0)
+_LIBRARY = register_one_lora("delta_linear", _forward, _backward)

@@ -6,7 +6,7 @@ For CPUs without AMX, fp32 and bf16. Formula: pefast/ops/delta_linear.py.
 import torch
 from torch import Tensor
 
-from pefast.native import WHY_NOT, C, rows_of, through_the_registry
+from pefast.native import WHY_NOT, C, register_one_lora, rows_of, through_the_registry
 
 HERE = C is not None and C.thin_here()
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -116,26 +116,4 @@ def _fp32(t: Tensor) -> Tensor:
     return t.to(torch.float32).contiguous()
 
 
-_LIBRARY = torch.library.Library("pefast", "FRAGMENT")
-_LIBRARY.define(
-    "delta_linear_thin(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, float scale, float p,"
-    " Tensor? seed) -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "delta_linear_thin_backward(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor h, float scale,"
-    " float p, Tensor? seed, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.impl("delta_linear_thin", _forward, "CPU")
-_LIBRARY.impl("delta_linear_thin_backward", _backward, "CPU")
-
-
-@torch.library.register_fake("pefast::delta_linear_thin", lib=_LIBRARY)
-def _(x, w, bias, a, b, scale, p, seed):
-    return x.new_empty((x.shape[0], w.shape[0])), x.new_empty((x.shape[0], a.shape[0]))
-
-
-@torch.library.register_fake("pefast::delta_linear_thin_backward", lib=_LIBRARY)
-def _(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
-    dx = dy.new_empty((x.shape[0], x.shape[1]) if need_x else 0)
-    da = a.new_empty((a.shape[0], a.shape[1]) if need_a else 0)
-    return dx, da, b.new_empty((b.shape[0], b.shape[1]) if need_b else 0)
+_LIBRARY = register_one_lora("delta_linear_thin", _forward, _backward)

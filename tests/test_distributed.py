@@ -93,18 +93,22 @@ def test_only_the_first_process_speaks_and_writes(folder, both):
     assert not (folder / "both" / training.CHECKPOINTS).exists()
 
 
-def test_a_killed_process_ends_the_run_and_it_is_resumed(folder, both):
-    process = start(folder, "killed", "--set", "training.max_steps=400")
+def test_a_killed_process_ends_the_run_and_it_is_resumed_to_the_same_bits(folder):
+    longer = ("--set", "training.max_steps=60")
+    finished(start(folder, "whole", *longer))
+    process = start(folder, "killed", *longer)
     place = folder / "killed" / training.CHECKPOINTS
     while process.poll() is None and trainer.newest(place) is None:
-        time.sleep(0.05)
+        time.sleep(0.02)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     said = process.communicate(timeout=120)[0]
     assert process.returncode != 0 and "SIGKILL" in said
-    assert trainer.newest(place) is not None
-    begun = recipe.read(place / "recipe.yaml")
-    assert begun.training.max_steps == 400
-    # the same recipe goes on; a shorter one would be another run
+    assert trainer.newest(place) is not None and not (folder / "killed" / "adapter").exists()
+    # another recipe would be another run
     refused = start(folder, "killed", "--resume", processes=1)
-    assert "the run began with 400" in refused.communicate(timeout=120)[0] and refused.returncode != 0
+    assert "the run began with 60" in refused.communicate(timeout=120)[0] and refused.returncode != 0
+    finished(start(folder, "killed", "--resume", *longer))
+    whole, resumed = values(folder, "whole"), values(folder, "killed")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())

@@ -81,18 +81,20 @@ def finish(process):
 
 def test_killed_at_ten_moments_it_ends_with_the_same_bits(folder, spawn, whole):
     seconds, expected = whole
-    pick, killed, output = random.Random(3), 0, "killed 0"
+    pick, killed, output, begun = random.Random(3), 0, "killed 0", []
     while killed < 10:
         process = spawn(target=run, args=(folder, output, True))
         process.start()
-        process.join(pick.uniform(0.1, 0.7) * seconds)
+        process.join(pick.uniform(0.2, 0.9) * seconds)
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             killed += 1
+            begun.append(trainer.newest(folder / output / training.CHECKPOINTS))
         process.join()
         if (folder / output / "adapter").exists():
             assert bits(folder, output) == expected
             output = f"killed {killed}"
+    assert len({path for path in begun if path is not None}) >= 2, "hardly a run was killed in its middle"
     if not (folder / output / "adapter").exists():
         finish(spawn(target=run, args=(folder, output, True)))
     assert bits(folder, output) == expected

@@ -138,20 +138,16 @@ def _generate(
 def _likelihoods(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[dict], batch: int
 ) -> list[tuple[float, int]]:
-    wanted = iter([])
+    """The log-likelihood of each answer, summed over its tokens, and how many these are."""
 
-    def take(output, place, length):
-        labels = torch.tensor(next(wanted), device=output.logits.device)
+    def take(output, place, index):
+        labels = torch.tensor(pairs[index]["labels"], device=output.logits.device)
         counted = labels[1:] != _NO_LABEL
         # rows stand at the left: padding is behind them
-        logits = output.logits[place, : length - 1][counted].float()
+        logits = output.logits[place, : len(labels) - 1][counted].float()
         found = logits.log_softmax(-1).gather(1, labels[1:][counted][:, None]).sum()
         return found.item(), int(counted.sum())
 
-    order = [
-        index for chosen in by_length([len(pair["input_ids"]) for pair in pairs], batch) for index in chosen
-    ]
-    wanted = iter([pairs[index]["labels"] for index in order])
     features = [{key: pair[key] for key in ("input_ids", "attention_mask")} for pair in pairs]
     side, tokenizer.padding_side = tokenizer.padding_side, "right"
     found = answers(model, tokenizer, features, take, batch)

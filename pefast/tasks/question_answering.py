@@ -120,7 +120,7 @@ def predict(
         model,
         tokenizer,
         [window.inputs for _, window in windows],
-        lambda output, place, length: (output.start_logits[place].float(), output.end_logits[place].float()),
+        lambda output, place, index: (output.start_logits[place].float(), output.end_logits[place].float()),
         batch,
     )
     best = [(float("-inf"), "")] * len(rows)

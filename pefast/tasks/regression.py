@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from .batches import answers, rows_of
+from .batches import answers, text_tokens
 from .rows import Row
 
 ROLES = {"text": "text", "pair": None, "label": "label"}
@@ -54,13 +54,8 @@ def encode(
     mean, deviation = float(names["mean"]), float(names["deviation"])
     return [
         tokens | {"labels": (_number(row) - mean) / deviation}
-        for tokens, row in zip(_tokens(rows, tokenizer, max_length), rows, strict=True)
+        for tokens, row in zip(text_tokens(rows, tokenizer, max_length), rows, strict=True)
     ]
-
-
-def _tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
-    texts = [[str(row[role]) for row in rows] for role in ("text", "pair") if rows and role in rows[0]]
-    return rows_of(tokenizer(*texts, truncation=True, max_length=max_length)) if texts else []
 
 
 def collator(tokenizer: PreTrainedTokenizerBase, model: nn.Module | None = None) -> Callable:
@@ -90,8 +85,8 @@ def predict(
     found = answers(
         model,
         tokenizer,
-        _tokens(rows, tokenizer, max_length),
-        lambda output, place, length: output.logits[place, 0].float().cpu(),
+        text_tokens(rows, tokenizer, max_length),
+        lambda output, place, index: output.logits[place, 0].float().cpu(),
         batch,
     )
     return torch.stack(found) if found else torch.empty(0)

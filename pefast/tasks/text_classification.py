@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from .batches import answers, rows_of
+from .batches import answers, text_tokens
 from .rows import Row
 
 ROLES = {"text": "text", "pair": None, "label": "label"}
@@ -59,7 +59,7 @@ def encode(
     numbers = _numbers(rows, names)
     return [
         row | {"labels": number}
-        for row, number in zip(_tokens(rows, tokenizer, max_length), numbers, strict=True)
+        for row, number in zip(text_tokens(rows, tokenizer, max_length), numbers, strict=True)
     ]
 
 
@@ -71,11 +71,6 @@ def _numbers(rows: Sequence[Row], names: dict[str, str]) -> list[int]:
                 f"text-classification: the label {row['label']!r} is new; known labels are {', '.join(names)}"
             )
     return [number[str(row["label"])] for row in rows]
-
-
-def _tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict]:
-    texts = [[str(row[role]) for row in rows] for role in ("text", "pair") if rows and role in rows[0]]
-    return rows_of(tokenizer(*texts, truncation=True, max_length=max_length)) if texts else []
 
 
 def collator(
@@ -113,8 +108,8 @@ def predict(
     found = answers(
         model,
         tokenizer,
-        _tokens(rows, tokenizer, max_length),
-        lambda output, place, length: output.logits[place].float().cpu(),
+        text_tokens(rows, tokenizer, max_length),
+        lambda output, place, index: output.logits[place].float().cpu(),
         batch,
     )
     return torch.stack(found) if found else torch.empty(0, model.config.num_labels)

@@ -119,7 +119,7 @@ def predict(
         model,
         tokenizer,
         [tokens for tokens, _ in encoded],
-        lambda output, place, length: output.logits[place].argmax(-1).tolist(),
+        lambda output, place, index: output.logits[place].argmax(-1).tolist(),
         batch,
     )
     return [

@@ -17,6 +17,7 @@ FORBIDDEN = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 # each room may import those below its own line, and of its own line only itself
 FLOORS = (
     ("cli",),
+    ("commands",),
     ("selection",),
     ("training", "doctor", "roofline"),
     ("claim",),

@@ -1,0 +1,12 @@
+"""One file a command. Each parses, calls and prints; torch is imported only inside those that compute."""
+
+from .bench import bench
+from .doctor import doctor
+from .evaluate import evaluate
+from .explain import explain
+from .predict import predict
+from .select import select
+from .train import train
+
+# in the order of `pefast --help`
+COMMANDS = (train, evaluate, predict, select, explain, bench, doctor)

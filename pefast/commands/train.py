@@ -1,0 +1,67 @@
+"""`pefast train`: what a recipe describes becomes an adapter in a folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .screen import console, in_words, table
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; recipes/ has some.")],
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Largest learning rate.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows in a step.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the head, the order of rows and dropout.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if left out.")] = None,
+    output: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint there.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The recipe's own short form: minutes.")] = False,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as data.train_rows=500."),
+    ] = None,
+) -> None:
+    """Train what a recipe describes and save the adapter."""
+    with in_words():
+        from .. import recipe as recipes
+
+        flags = {"epochs": epochs, "lr": lr, "batch": batch, "seed": seed, "threads": threads}
+        laid_over = {f"training.{key}": value for key, value in flags.items() if value is not None}
+        laid_over |= {"output": str(output)} if output else {}
+        laid_over |= dict(recipes.change(text) for text in changes or [])
+        wanted = recipes.read(recipe, laid_over, quick)
+        if not wanted.methods:
+            raise ValueError("recipe.methods: none came, so there would be no adapter to save")
+
+        from .. import training
+        from ..claim import claim, is_first
+
+        console.quiet = not is_first()
+        with claim(wanted, Path(wanted.output) / training.CHECKPOINTS, resume):
+            _train(wanted, resume)
+
+
+def _train(wanted, resume: bool) -> None:
+    from .. import training
+    from ..progress import Watcher
+
+    run = training.prepare(wanted)
+    training.attach(run)
+    count, total = training.trainable(run.model)
+    console.print(
+        f"{len(run.train):,} rows to learn from, {len(run.test):,} held out; "
+        f"{count:,} of {total:,} parameters train"
+    )
+    before = training.score(run)[1]
+    try:
+        fitted = training.fit(run, Watcher(console), resume)
+    except training.Stopped as stopped:
+        console.print(str(stopped))
+        raise typer.Exit(130) from None
+    after = training.score(run)[1]
+    numbers = after | {"before": before} | fitted | {"trainable": count, "parameters": total}
+    folder = training.store(run, numbers)
+    table("held-out rows", ("", "before", "after"), [(name, before[name], after[name]) for name in after])
+    console.print(f"saved to {folder}")

@@ -6,12 +6,16 @@ the task's own form (logits, a tag a word, a span, a text). A task is a module w
     ROLES                                          the roles of a row and the columns they have if the recipe
                                                    names no other; None: read only where it names one
     METRIC                                         the metric that decides between two runs; more is better
+    STRATUM                                        the role whose values every part has in like shares
     names(rows, given)                             label as the rows have it: the name to show, or {}
     model(folder, names, dtype)                    the base model with the task's head on top
     encode(rows, tokenizer, names, max_length)     what the model reads, one dictionary a row
     collator(tokenizer, model)                     rows of unlike length to one batch
     hits(outputs, batch)                           the share of right answers in one training batch
-    predict(model, tokenizer, rows, ...)           answers in the order of the rows
+    predict(model, tokenizer, rows, ...)           answers in the order of the rows, each by an adapter of
+                                                   its own if `adapters` come
+    baseline(train, rows, names)                   what can be said without a model: in words, and as answers;
+                                                   None where the base model itself is to be beaten
     metrics(answers, rows, names)                  the numbers that `pefast evaluate` prints
     say(answers, names)                            one dictionary an answer, for people and for JSON
 """

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
-from .batches import answers, by_length
+from .batches import Adapters, answers, by_length, each, routed
 from .rows import Row
 
 ROLES = {"text": "prompt", "label": "answer"}
 METRIC = "log_likelihood"
+STRATUM = None
 NEW_TOKENS = 48
 _NO_LABEL = -100
 
@@ -92,18 +93,27 @@ def hits(outputs, batch) -> Tensor:
     return ((logits[:, :-1].argmax(-1) == wanted) & counted).sum() / counted.sum().clamp(min=1)
 
 
+def baseline(train: Sequence[Row], rows: Sequence[Row], names: dict[str, str]) -> None:
+    """None: what is to be beaten is the base model, whose numbers stand beside."""
+
+
 def predict(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    max_length: int = 512,
+    max_length: int | Sequence[int] = 512,
     batch: int = 16,
+    adapters: Adapters = None,
 ) -> list[Answer]:
     """A greedy answer to each row's prompt, and the likelihood of its right answer where it has one."""
     _has_pad(tokenizer)
-    texts = _generate(model, tokenizer, [_prompt(row, tokenizer)[-max_length:] for row in rows], batch)
-    pairs = [_pair(row, tokenizer, max_length) for row in rows if "label" in row]
-    likely = iter(_likelihoods(model, tokenizer, pairs, batch))
+    lengths = each(max_length, rows)
+    prompts = [_prompt(row, tokenizer)[-longest:] for row, longest in zip(rows, lengths, strict=True)]
+    texts = _generate(model, tokenizer, prompts, batch, adapters)
+    answered = [index for index, row in enumerate(rows) if "label" in row]
+    pairs = [_pair(rows[index], tokenizer, lengths[index]) for index in answered]
+    of_them = adapters and [adapters[index] for index in answered]
+    likely = iter(_likelihoods(model, tokenizer, pairs, batch, of_them))
     return [
         Answer(text, *(next(likely) if "label" in row else (math.nan, 0)))
         for text, row in zip(texts, rows, strict=True)
@@ -112,7 +122,11 @@ def predict(
 
 @torch.no_grad()
 def _generate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], batch: int
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    batch: int,
+    adapters: Adapters = None,
 ) -> list[str]:
     was_training, side = model.training, tokenizer.padding_side
     model.eval()
@@ -120,12 +134,13 @@ def _generate(
     texts = [""] * len(prompts)
     for chosen in by_length([len(prompt) for prompt in prompts], batch):
         inputs = tokenizer.pad({"input_ids": [prompts[index] for index in chosen]}, return_tensors="pt")
-        written = model.generate(
-            **inputs.to(model.device),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )[:, inputs["input_ids"].shape[1] :]
+        with routed(model, adapters, chosen):
+            written = model.generate(
+                **inputs.to(model.device),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )[:, inputs["input_ids"].shape[1] :]
         for index, text in zip(
             chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True
         ):
@@ -136,7 +151,11 @@ def _generate(
 
 
 def _likelihoods(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: list[dict], batch: int
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[dict],
+    batch: int,
+    adapters: Adapters = None,
 ) -> list[tuple[float, int]]:
     """The log-likelihood of each answer, summed over its tokens, and how many these are."""
 
@@ -150,7 +169,7 @@ def _likelihoods(
 
     features = [{key: pair[key] for key in ("input_ids", "attention_mask")} for pair in pairs]
     side, tokenizer.padding_side = tokenizer.padding_side, "right"
-    found = answers(model, tokenizer, features, take, batch)
+    found = answers(model, tokenizer, features, take, batch, adapters)
     tokenizer.padding_side = side
     return found
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from .batches import answers
+from .batches import Adapters, answers, each
 from .rows import Row
 
 ROLES = {"question": "question", "context": "context", "label": "answer"}
 METRIC = "f1"
+STRATUM = None
 # the longest answer that is looked for, in tokens
 _LONGEST = 30
 
@@ -105,16 +106,25 @@ def hits(outputs, batch) -> Tensor:
     return (first & (outputs["end_logits"].argmax(-1) == batch["end_positions"])).float().mean()
 
 
+def baseline(train: Sequence[Row], rows: Sequence[Row], names: dict[str, str]) -> tuple[str, list[str]]:
+    """The whole context as the answer."""
+    return "the whole context", [str(row["context"]) for row in rows]
+
+
 def predict(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    max_length: int = 384,
+    max_length: int | Sequence[int] = 384,
     batch: int = 32,
+    adapters: Adapters = None,
 ) -> list[str]:
     """The best span of each row's context, over all its windows, as a text."""
+    lengths = each(max_length, rows)
     windows = [
-        (index, window) for index, row in enumerate(rows) for window in _windows(row, tokenizer, max_length)
+        (index, window)
+        for index, row in enumerate(rows)
+        for window in _windows(row, tokenizer, lengths[index])
     ]
     scores = answers(
         model,
@@ -122,6 +132,7 @@ def predict(
         [window.inputs for _, window in windows],
         lambda output, place, index: (output.start_logits[place].float(), output.end_logits[place].float()),
         batch,
+        adapters and [adapters[index] for index, _ in windows],
     )
     best = [(float("-inf"), "")] * len(rows)
     for (index, window), (starts, ends) in zip(windows, scores, strict=True):

@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from .batches import answers, text_tokens
+from . import text_classification
+from .batches import Adapters, text_tokens
 from .rows import Row
 
 ROLES = {"text": "text", "pair": None, "label": "label"}
 METRIC = "pearson"
+STRATUM = None
+# whose rows this task's are, and whose answers it is the first column of: both may share a batch
+OVER = text_classification
 
 
 def names(rows: Sequence[Row], given: dict[str, str] | None = None) -> dict[str, str]:
@@ -74,22 +78,23 @@ def hits(outputs, batch) -> Tensor:
     return ((outputs["logits"].squeeze(-1) - batch["labels"]).abs() < 0.5).float().mean()
 
 
+def baseline(train: Sequence[Row], rows: Sequence[Row], names: dict[str, str]) -> tuple[str, Tensor]:
+    """Always the mean of the training rows: in words, and as standardised answers [n]."""
+    mean = sum(map(_number, train)) / len(train)
+    said = (mean - float(names["mean"])) / float(names["deviation"])
+    return f"always {mean:.3f}", torch.full((len(rows),), said)
+
+
 def predict(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    max_length: int = 512,
+    max_length: int | Sequence[int] = 512,
     batch: int = 64,
+    adapters: Adapters = None,
 ) -> Tensor:
     """Standardised answers [n] in the order of the rows."""
-    found = answers(
-        model,
-        tokenizer,
-        text_tokens(rows, tokenizer, max_length),
-        lambda output, place, index: output.logits[place, 0].float().cpu(),
-        batch,
-    )
-    return torch.stack(found) if found else torch.empty(0)
+    return text_classification.predict(model, tokenizer, rows, max_length, batch, adapters)[:, 0]
 
 
 def metrics(said: Tensor, rows: Sequence[Row], names: dict[str, str]) -> dict[str, float]:
@@ -99,9 +104,11 @@ def metrics(said: Tensor, rows: Sequence[Row], names: dict[str, str]) -> dict[st
 
     labels = torch.tensor([_number(row) for row in rows])
     found = said * float(names["deviation"]) + float(names["mean"])
+    # an answer that never changes goes with nothing
+    told = len(rows) > 1 and found.std() > 0 and labels.std() > 0
     return {
-        "pearson": float(pearsonr(found, labels)[0]),
-        "spearman": float(spearmanr(found, labels)[0]),
+        "pearson": float(pearsonr(found, labels)[0]) if told else 0.0,
+        "spearman": float(spearmanr(found, labels)[0]) if told else 0.0,
         "rmse": float((found - labels).square().mean().sqrt()),
     }
 

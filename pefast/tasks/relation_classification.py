@@ -10,12 +10,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from . import text_classification
+from .batches import Adapters
 from .rows import Row
-from .text_classification import METRIC, collator, hits, metrics, model, names, say
+from .text_classification import METRIC, STRATUM, baseline, collator, hits, metrics, model, names, say
 
-__all__ = ["METRIC", "ROLES", "collator", "encode", "hits", "metrics", "model", "names", "predict", "say"]
+__all__ = ["METRIC", "OVER", "ROLES", "STRATUM", "baseline", "collator", "encode", "hits", "marked"]
+__all__ += ["metrics", "model", "names", "predict", "say"]
 
 ROLES = {"text": "text", "head": "head", "tail": "tail", "label": "label"}
+# whose rows and answers this task's are, once marked: both may share a batch
+OVER = text_classification
 
 
 def marked(row: Row) -> Row:
@@ -40,8 +44,10 @@ def predict(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    max_length: int = 512,
+    max_length: int | Sequence[int] = 512,
     batch: int = 64,
+    adapters: Adapters = None,
 ) -> Tensor:
     """Logits [n, C] in the order of the rows."""
-    return text_classification.predict(model, tokenizer, [marked(row) for row in rows], max_length, batch)
+    texts = [marked(row) for row in rows]
+    return text_classification.predict(model, tokenizer, texts, max_length, batch, adapters)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from .batches import by_length, rows_of
+from .batches import Adapters, by_length, routed, rows_of, text_tokens
 from .rows import Row
 
 ROLES = {"text": "source", "label": "target"}
 METRIC = "chrf"
+STRATUM = None
 NEW_TOKENS = 64
 _NO_LABEL = -100
 
@@ -56,26 +57,31 @@ def hits(outputs, batch) -> Tensor:
     return right.sum() / counted.sum().clamp(min=1)
 
 
+def baseline(train: Sequence[Row], rows: Sequence[Row], names: dict[str, str]) -> tuple[str, list[str]]:
+    """The source itself."""
+    return "the source as it is", [str(row["text"]) for row in rows]
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    max_length: int = 512,
+    max_length: int | Sequence[int] = 512,
     batch: int = 16,
+    adapters: Adapters = None,
 ) -> list[str]:
     """A text for each row, by greedy search, in the rows' order."""
     was_training = model.training
     model.eval()
-    encoded = tokenizer([str(row["text"]) for row in rows], truncation=True, max_length=max_length)
+    sources = [tokens["input_ids"] for tokens in text_tokens(rows, tokenizer, max_length)]
     texts = [""] * len(rows)
-    for chosen in by_length([len(ids) for ids in encoded["input_ids"]], batch):
-        inputs = tokenizer.pad(
-            {"input_ids": [encoded["input_ids"][index] for index in chosen]}, return_tensors="pt"
-        )
-        written = model.generate(
-            **inputs.to(model.device), max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1
-        )
+    for chosen in by_length([len(ids) for ids in sources], batch):
+        inputs = tokenizer.pad({"input_ids": [sources[index] for index in chosen]}, return_tensors="pt")
+        with routed(model, adapters, chosen):
+            written = model.generate(
+                **inputs.to(model.device), max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1
+            )
         for index, text in zip(
             chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True
         ):

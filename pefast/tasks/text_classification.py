@@ -5,6 +5,7 @@ accuracy  the share of rows whose largest logit is the label's
 macro F1  F1 of each class, averaged with equal weight
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from .batches import answers, text_tokens
+from .batches import Adapters, answers, text_tokens
 from .rows import Row
 
 ROLES = {"text": "text", "pair": None, "label": "label"}
 METRIC = "accuracy"
+# every part of the rows has these in like shares
+STRATUM = "label"
 
 
 def names(rows: Sequence[Row], given: dict[str, str] | None = None) -> dict[str, str]:
@@ -97,22 +100,35 @@ def metrics(logits: Tensor, rows: Sequence[Row], names: dict[str, str]) -> dict[
     }
 
 
+def baseline(train: Sequence[Row], rows: Sequence[Row], names: dict[str, str]) -> tuple[str, Tensor]:
+    """Always the commonest label of the training rows: in words, and as logits [n, C]."""
+    (common, _), *_ = Counter(str(row["label"]) for row in train).most_common(1)
+    logits = torch.zeros(len(rows), len(names))
+    logits[:, list(names).index(common)] = 1
+    return f"always {names[common]!r}", logits
+
+
 def predict(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    max_length: int = 512,
+    max_length: int | Sequence[int] = 512,
     batch: int = 64,
+    adapters: Adapters = None,
 ) -> Tensor:
-    """Logits [n, C] in the order of the rows; batches are made of rows of like length."""
+    """Logits [n, C] in the order of the rows; batches are made of rows of like length. With adapters whose
+    heads differ, C is the widest one's, and what a row lacks is -inf."""
     found = answers(
         model,
         tokenizer,
         text_tokens(rows, tokenizer, max_length),
         lambda output, place, index: output.logits[place].float().cpu(),
         batch,
+        adapters,
     )
-    return torch.stack(found) if found else torch.empty(0, model.config.num_labels)
+    if not found:
+        return torch.empty(0, model.config.num_labels)
+    return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=float("-inf"))
 
 
 def say(logits: Tensor, names: dict[str, str]) -> list[dict[str, object]]:

@@ -5,6 +5,7 @@ f1         of whole entities, kind and both ends right (CoNLL's measure, by seqe
 accuracy   the share of words whose tag is right
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .batches import answers
+from .batches import Adapters, answers, each
 from .rows import Row
 
 ROLES = {"tokens": "tokens", "label": "tags"}
 METRIC = "f1"
+STRATUM = None
 # what torch's cross entropy passes over
 _NO_LABEL = -100
 
@@ -75,14 +77,13 @@ def encode(
 
 
 def _tokens(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | Sequence[int]
 ) -> list[tuple[dict, dict[int, int]]]:
     """Each row's tokens, and for each word that is left the place of its first token."""
     found = []
-    for row in rows:
-        encoded = tokenizer(
-            list(row["tokens"]), is_split_into_words=True, truncation=True, max_length=max_length
-        )
+    for row, longest in zip(rows, each(max_length, rows), strict=True):
+        words = list(row["tokens"])
+        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=longest)
         firsts: dict[int, int] = {}
         for place, word in enumerate(encoded.word_ids()):
             if word is not None:
@@ -102,12 +103,27 @@ def hits(outputs, batch) -> Tensor:
     return ((outputs["logits"].argmax(-1) == batch["labels"]) & counted).sum() / counted.sum().clamp(min=1)
 
 
+def baseline(train: Sequence[Row], rows: Sequence[Row], names: dict[str, str]) -> tuple[str, list[list[int]]]:
+    """Each word's commonest tag in the training rows, the commonest of all for new words."""
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for row in train:
+        for word, tag in zip(row["tokens"], row["label"], strict=True):
+            counts[word][tag] += 1
+            # None stands for words that are new
+            counts[None][tag] += 1
+    number = {tag: index for index, tag in enumerate(names)}
+    tag_of = {word: number[found.most_common(1)[0][0]] for word, found in counts.items()}
+    said = [[tag_of.get(word, tag_of[None]) for word in row["tokens"]] for row in rows]
+    return "each word's commonest tag", said
+
+
 def predict(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    max_length: int = 512,
+    max_length: int | Sequence[int] = 512,
     batch: int = 64,
+    adapters: Adapters = None,
 ) -> list[list[int]]:
     """A tag's number for each word of each row, in the rows' order; 0 for words beyond `max_length`.
 
@@ -121,6 +137,7 @@ def predict(
         [tokens for tokens, _ in encoded],
         lambda output, place, index: output.logits[place].argmax(-1).tolist(),
         batch,
+        adapters,
     )
     return [
         [found[firsts[word]] if word in firsts else 0 for word in range(len(row["tokens"]))]

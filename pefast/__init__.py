@@ -29,6 +29,7 @@ _HOMES = {
     "detach": "model",
     "merge": "model",
     "unmerge": "model",
+    "export": "exporting",
     "activate": "model",
     "average": "averaging",
     "route": "model",
@@ -61,6 +62,7 @@ __all__ = [
     "backend",
     "detach",
     "explain",
+    "export",
     "learn_gates",
     "load",
     "merge",
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from pefast.acceleration import accelerate
     from pefast.averaging import average
     from pefast.dispatch import backend
+    from pefast.exporting import export
     from pefast.folders import load, save
     from pefast.layers import FusedLoRALinear
     from pefast.methods import (

@@ -10,7 +10,15 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from pefast.architectures import base_modules, heads
-from pefast.layers.head_host import HeadHost, add_head, drop_head, head_copy, last_linear
+from pefast.layers.head_host import (
+    HeadHost,
+    add_head,
+    drop_head,
+    head_copy,
+    last_linear,
+    merge_head,
+    unmerge_head,
+)
 from pefast.layers.hosts import DeltaHost, drop_deltas, merge_deltas, unmerge_deltas
 from pefast.layers.recompute import recomputed
 from pefast.layers.router import Router
@@ -288,10 +296,11 @@ def _routed(model: nn.Module, state: Attached, used: tuple[str, ...], ids: tuple
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """Adds the active adapters' deltas to the frozen weights, in place, so that they cost nothing.
+    """Adds the active adapters' deltas to the frozen weights, in place, so that they cost nothing; of their
+    task heads the last one takes the place of the model's.
 
     The weights as they were are kept beside the merged ones, for `unmerge`. Raises ValueError where an active
-    method cannot merge.
+    method cannot merge. `export` writes such a model for transformers alone.
     """
     state = attached(model, "merge")
     names = state.router.active
@@ -312,6 +321,8 @@ def merge(model: nn.Module) -> nn.Module:
             method.merge(model, name, key)
     for _, host in hosts(model):
         merge_deltas(host, names)
+    for head, owners in _heads_of(model, names):
+        merge_head(head, owners[-1])
     return model
 
 
@@ -320,6 +331,8 @@ def unmerge(model: nn.Module) -> nn.Module:
     state = attached(model, "unmerge")
     if not state.merged:
         raise ValueError("unmerge: the model is not merged")
+    for head, _ in _heads_of(model, state.merged):
+        unmerge_head(head)
     for _, host in hosts(model):
         unmerge_deltas(host)
     for name in reversed(state.merged):
@@ -327,6 +340,13 @@ def unmerge(model: nn.Module) -> nn.Module:
             method.unmerge(model, name, key)
     state.merged = ()
     return model
+
+
+def _heads_of(model: nn.Module, names: Sequence[str]) -> list[tuple[HeadHost, list[str]]]:
+    """The task heads of which some of these adapters have copies, and which."""
+    found = [part for _, part in base_modules(model) if isinstance(part, HeadHost)]
+    owned = [(head, [name for name in names if name in head.copies]) for head in found]
+    return [(head, owners) for head, owners in owned if owners]
 
 
 def _settled(state: Attached, who: str) -> None:

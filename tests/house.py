@@ -24,7 +24,7 @@ FLOORS = (
     ("recipe", "trainer"),
     ("progress",),
     ("tasks",),
-    ("folders",),
+    ("folders", "exporting"),
     ("checkpoint", "report", "acceleration", "optimizer", "averaging"),
     ("model",),
     ("methods",),

@@ -19,8 +19,11 @@ class HeadHost(nn.Module):
     hosts_deltas = True
     copies: nn.ModuleDict
     router: Router
+    before: dict[tuple[str, str], nn.Parameter | None]  # while merged: the head's own, by path and name
 
     def forward(self, *args, **kwargs):
+        if self.before:
+            return super().forward(*args, **kwargs)
         turns = [(name, index) for name, index in self.router.turns if name in self.copies]
         rows = self.router.rows
         if not turns or rows is not None:
@@ -46,7 +49,7 @@ def add_head(head: nn.Module, router: Router, name: str, copy: nn.Module) -> Non
     """Gives a task head a trained copy for this adapter; the head becomes a host if it is none."""
     if not isinstance(head, HeadHost):
         mix_in(head, HeadHost, "Head")
-        head.copies, head.router = nn.ModuleDict(), router
+        head.copies, head.router, head.before = nn.ModuleDict(), router, {}
     head.copies[name] = copy
 
 
@@ -56,7 +59,8 @@ def head_copy(head: nn.Module, labels: int | None = None, spread: float = 0.02) 
     if isinstance(head, HeadHost):
         bare = copy.copy(head)
         bare.__class__ = own_class(head, HeadHost)
-        bare.__dict__ = {key: value for key, value in head.__dict__.items() if key != "router"}
+        kept = {key: value for key, value in head.__dict__.items() if key not in ("router", "before")}
+        bare.__dict__ = kept
         bare._modules = {key: value for key, value in head._modules.items() if key != "copies"}
         head = bare
     twin = copy.deepcopy(head)
@@ -85,5 +89,28 @@ def drop_head(head: HeadHost, name: str) -> None:
     if name in head.copies:
         del head.copies[name]
     if not head.copies:
-        del head.copies, head.router
+        del head.copies, head.router, head.before
         take_out(head, HeadHost)
+
+
+def merge_head(head: HeadHost, name: str) -> None:
+    """Puts an adapter's copy in the place of the head's own parameters, which are kept for `unmerge_head`."""
+    for path, twin in head.copies[name].named_modules():
+        own = head.get_submodule(path)
+        for tensor, value in twin._parameters.items():
+            head.before[path, tensor] = own._parameters[tensor]
+            # a tensor of its own: a file keeps only one of two names for the same memory
+            merged = None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
+            own._parameters[tensor] = merged
+        if isinstance(own, nn.Linear):
+            own.out_features = own.weight.shape[0]
+
+
+def unmerge_head(head: HeadHost) -> None:
+    """Gives the head its own parameters back."""
+    for (path, tensor), value in head.before.items():
+        own = head.get_submodule(path)
+        own._parameters[tensor] = value
+        if isinstance(own, nn.Linear):
+            own.out_features = own.weight.shape[0]
+    head.before.clear()

@@ -52,6 +52,11 @@ def own_class(module: nn.Module, mixin: type) -> type:
     return line[line.index(mixin) + 1]
 
 
+def plain_class(module: nn.Module) -> type:
+    """The class that the module had before anything was mixed in."""
+    return _under(type(module), None)[0]
+
+
 def take_out(module: nn.Module, mixin: type) -> None:
     """Takes `mixin` from the module's class; what was mixed in after it stays."""
     with_mixin, later = _under(type(module), mixin)

@@ -69,7 +69,8 @@ class PromptWords(nn.Module):
             return self.weights.new_zeros(0, table.weight.shape[1])
         # a sum and no index, so that the gradient is added in one order on every machine
         weight = (self.spread * self.weights).sum(1, keepdim=True)  # [V, 1]
-        return weight * F.embedding(self.ids, table.weight)
+        # the table is called and not read: FSDP gathers it for the call
+        return weight * table(self.ids)
 
 
 class PromptHooks:

@@ -87,6 +87,9 @@ def _standing(tensor: str) -> type:
 
     def look(self: nn.Module) -> Tensor:
         now = self._parameters[tensor]
+        # between two uses FSDP has its shard of the module's own tensor here, and wants it back as it is
+        if hasattr(now, "device_mesh"):
+            return now
         for replacement in self.replaced.active(tensor):
             now = replacement.over(now)
         return now

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pefast.native import WHY_NOT, C, rows_of
+from pefast.native import WHY_NOT, C, packs, rows_of
 from pefast.native.sibling_linear import packed_weight
 
 _HERE = C is not None and C.delta_linear_here()
@@ -27,6 +27,11 @@ class RowDelta(NamedTuple):
     a: Tensor  # [R, K]
     b: Tensor  # [N, R]
     scale: float
+
+
+def takes(x: Tensor, named: bool) -> bool:
+    """Whether x may be a step of csrc's: what can be said without its layer, named by the caller or not."""
+    return x.dtype is torch.bfloat16 and x.is_cpu
 
 
 def why_not(w: Tensor, bias: Tensor | None, deltas: list[RowDelta]) -> str:
@@ -87,6 +92,7 @@ def _copy(t: Tensor, form) -> tuple[Tensor, int]:
     place = (t.data_ptr(), t.shape, t.dtype, form)
     found = copies.get(place)
     if found is None or found[0] != t._version:
+        packs.clear(copies, t._version, store)
         mark = C.parameter_mark(t.data_ptr(), t.numel() * t.element_size())
         found = copies[place] = (t._version, form(t.detach()), mark)
     return found[1:]

@@ -1,7 +1,8 @@
 """Frozen weights in the order in which csrc reads them, kept beside the weight.
 
 The packs hang on the weight's storage, so that every view of it finds them and they are freed with it; they
-are made again when its version, or a mark of 32 of its numbers, has changed.
+are made again when its version, its place in memory (FSDP2 gives the memory back between two uses), or a mark
+of 32 of its numbers, has changed.
 """
 
 from collections.abc import Callable, Hashable
@@ -20,12 +21,17 @@ def packed(w: Tensor, form: Hashable, make: Callable[[], tuple[Tensor, int]]) ->
     found = packs.get(place)
     if found is not None and found[0] == version:
         return found[1:]
-    # every view that was packed before a write is stale
-    for old in [old for old, pack in packs.items() if pack[0] != version]:
-        del packs[old]
+    clear(packs, version, store)
     pack, mark = make()
     packs[place] = (version, pack, mark)
     return pack, mark
+
+
+def clear(packs: dict, version: int, store) -> None:
+    """Drops what was packed of a storage before a write, or where it lay before."""
+    begin, end = store.data_ptr(), store.data_ptr() + store.nbytes()
+    for old in [old for old, pack in packs.items() if pack[0] != version or not begin <= old[0] < end]:
+        del packs[old]
 
 
 def room(w: Tensor, form: Hashable, size: int) -> bool:

@@ -1,0 +1,148 @@
+"""The doors of the machine: plain PTX, and Triton's launches."""
+
+import contextlib
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .bits import SIZES, TYPES, PtxError
+from .machine import MOST_LANES, Machine
+from .memory import GlobalMemory
+from .parse import Kernel, parse
+
+
+class Checks(NamedTuple):
+    """What a launch is held to."""
+
+    most_steps: int = 10**7  # instructions of a batch of blocks
+    fences: bool = True  # what wgmma reads must have been fenced
+
+
+class Launched(NamedTuple):
+    """One launch that Triton made inside on_ptx."""
+
+    name: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    text: str  # the PTX
+
+
+def run_ptx(text, entry, grid, block, arguments, shared_bytes=0, checks=None) -> None:
+    """Execute one kernel of a module of PTX on CPU tensors, which it changes in place.
+
+    entry: the kernel's name, mangled as it is in the text, or a part of it that only one kernel has.
+    grid, block: up to three numbers. arguments: in the kernel's order, CPU tensors, contiguous numpy arrays,
+    numbers, bytes for a structure, None for a null pointer. shared_bytes: of `extern __shared__`, as given
+    with a launch. Raises PtxError with the instruction and the block for whatever ptx/__init__.py lists.
+
+        run_ptx(nvcc_ptx, "scale_rows", grid=(4,), block=(128,), arguments=[x, y, m, n, 0.5])
+    """
+    kernels = parse(text)
+    names = [name for name in kernels if name == entry] or [name for name in kernels if entry in name]
+    if len(names) != 1:
+        raise PtxError(
+            f"run_ptx: {entry!r} fits {len(names)} kernels of {sorted(kernels)}; one would be right"
+        )
+    run_kernel(kernels[names[0]], grid, block, arguments, shared_bytes, checks or Checks())
+
+
+def run_kernel(kernel: Kernel, grid, block, arguments, shared_bytes, checks) -> None:
+    """The same for a kernel that has been parsed."""
+    grid, block = (tuple(sizes) + (1,) * (3 - len(sizes)) for sizes in (grid, block))
+    threads = int(np.prod(block))
+    if threads % 32 or not threads:
+        raise PtxError(f"{kernel.name}: blocks of {threads} threads; a multiple of 32 would be right")
+    if len(arguments) > len(kernel.parameters):
+        raise PtxError(f"{kernel.name}: {len(arguments)} arguments came, it takes {len(kernel.parameters)}")
+    # Triton's last parameters, for scratch, are not launched with
+    arguments = [*arguments, *[None] * (len(kernel.parameters) - len(arguments))]
+    memory = GlobalMemory()
+    parameters = {
+        parameter.name: _parameter_bytes(memory, parameter, value)
+        for parameter, value in zip(kernel.parameters, arguments, strict=True)
+    }
+    memory.open()
+    numbers = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
+    each = max(1, MOST_LANES // threads)
+    for begin in range(0, len(numbers), each):
+        batch = numbers[begin : begin + each]
+        Machine(kernel, grid, block, batch, parameters, memory, shared_bytes, checks).run()
+    memory.close()
+
+
+def _parameter_bytes(memory, parameter, value) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return np.uint64(_placed(memory, value)).tobytes()
+    type_ = TYPES[parameter.kind]
+    if np.dtype(type_).kind == "f":
+        return np.array([value or 0.0], type_).tobytes()
+    if isinstance(value, float):
+        raise PtxError(f"{parameter.name}: is {parameter.kind}, {value} came")
+    number = int(value or 0) & ((1 << 8 * SIZES[parameter.kind]) - 1)
+    return number.to_bytes(SIZES[parameter.kind], "little")
+
+
+def _placed(memory, value) -> int:
+    """The address in `memory` of a tensor's first element."""
+    tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach()
+    if tensor.device.type != "cpu":
+        raise PtxError(f"launch: takes CPU tensors, one is on {tensor.device}")
+    storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+    size, elements = tensor.element_size(), np.zeros(storage.size, bool)
+    if tensor.numel():
+        first = np.full((), tensor.storage_offset(), np.int64)
+        for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            first = first[..., None] + np.arange(length) * stride
+        for byte in range(size):
+            elements[first.ravel() * size + byte] = True
+    return memory.place(storage, elements) + tensor.storage_offset() * size
+
+
+@contextlib.contextmanager
+def on_ptx(target: str, change=None, checks=None, executes=True):
+    """Inside, Triton's launches on CPU tensors compile for `target` ("sm80" or "sm90") and execute their PTX.
+
+    change: a function from PTX to PTX, for planted faults. Yields the list of what was launched. What is
+    compiled is kept in memory and never in Triton's own cache, for no machine code is made of it.
+    """
+    import triton
+    from compile_gate import TARGETS, Gpu
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    launched, run, make_cubin, active = [], JITFunction.run, CUDABackend.make_cubin, driver._active
+
+    def launch(self, *args, grid, warmup, **settings):
+        # kernels are kept by device number, and device 0 was another target a moment ago
+        self.device_caches.clear()
+        compiled = run(self, *args, grid=grid, warmup=True, **settings)
+        named = {**dict(zip(self.arg_names, args, strict=False)), **settings}
+        sizes = grid(named) if callable(grid) else grid
+        text = compiled.asm["ptx"]
+        text = change(text) if change else text
+        types = compiled.src.signature
+        values = [named[name] for name in self.arg_names if types.get(name, "constexpr") != "constexpr"]
+        meta = compiled.metadata
+        sizes = tuple(sizes) + (1,) * (3 - len(sizes))
+        launched.append(Launched(self.__name__, sizes, 32 * meta.num_warps, meta.shared, text))
+        if executes:
+            (kernel,) = parse(text).values()
+            run_kernel(kernel, sizes, (32 * meta.num_warps,), values, meta.shared, checks or Checks())
+        return compiled
+
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        driver.set_active(Gpu(TARGETS[target]))
+        JITFunction.run = launch
+        # ptxas would take a third of the time, and nothing here reads its code
+        CUDABackend.make_cubin = lambda *ignored: b""
+        try:
+            yield launched
+        finally:
+            JITFunction.run, CUDABackend.make_cubin, driver._active = run, make_cubin, active

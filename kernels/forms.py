@@ -7,7 +7,7 @@
     library  the vendor's product, then the waist's part added to its result: y is read and written once more
 
 Bytes are those of each tensor once a launch. What one launch leaves for the next in less than `cache` bytes
-stays on the chip and counts for neither.
+stays on the chip and counts for neither. Of a decoding step (`step`) what each program reads again counts too.
 
 Sources. H100: 798 TFLOP/s of an 8192³ product in bf16 and 3.0 TB/s of a copy, both measured on one H100 SXM;
 50 MB of cache and 14.8 T integer operations a second (132 multiprocessors, 64 lanes, 1.755 GHz) from its data
@@ -21,6 +21,10 @@ from typing import NamedTuple
 FUSED = 0.96
 PHILOX = 16
 BLOCK_N = 128
+# columns of a program in a decoding step
+STEP_N = 128
+# what is read again comes from the cache, at twice the memory's rate: 5.5 TB/s and more were seen on an H100
+CACHE = 2.0
 # the widest waist of the form that makes it in every tile
 WHOLE_RANK = 64
 
@@ -157,6 +161,32 @@ def library_only(s: Shape, rates: Rates) -> float:
     """Time of a forward by three products of the vendor's, as the eager hand does it; dropout before them."""
     mask = [Launch("dropout", 0, s.bytes("mk"), s.bytes("mk"), PHILOX * s.m * s.k)] if s.dropout else []
     return seconds([*mask, *forward("library", s._replace(dropout=False))], rates)
+
+
+def step(s: Shape, strips: int) -> list[Launch]:
+    """The launches of a decoding step: the layer and its deltas in one, with a second for several strips."""
+    part = 4.0 * s.m * s.n * strips if strips > 1 else s.bytes("mn")
+    flops = 2 * s.m * (s.n * s.k + s.n * s.r) + 2 * s.m * s.k * s.r * -(-s.n // STEP_N)
+    # every program reads the a's and the x of its strip: from the cache, for all but the first
+    again = s.bytes("rk", "mk") * (-(-s.n // STEP_N) - 1) + s.bytes("nr") * (strips - 1)
+    read = s.bytes("mk", "nk", "rk", "nr") + again / CACHE
+    first = Launch("step", flops, read, _kept(part) if strips > 1 else part)
+    return [first, Launch("finish", 0, _kept(part), s.bytes("mn"))] if strips > 1 else [first]
+
+
+def one_by_one(s: Shape, adapters: int) -> list[Launch]:
+    """The launches of a step as the eager hand takes it: the layer, then each adapter's waist, rows and part."""
+    product, waist, beside = forward("library", s._replace(r=s.r / max(1, adapters)))
+    rows = Launch("rows of an adapter", 0, 0, 0)
+    return [product, *[waist, rows, beside][:: 2 if adapters == 1 else 1] * adapters]
+
+
+def why_not_a_step(s: Shape, strips: int, adapters: int, rates: Rates) -> str:
+    """Why the vendor's products, an adapter after the other, take a decoding step in less time, or ""."""
+    ours, theirs = seconds(step(s, strips), rates), seconds(one_by_one(s, adapters), rates)
+    if theirs <= ours:
+        return f"{1e6 * ours:.0f} µs predicted, {1e6 * theirs:.0f} by the vendor's products"
+    return ""
 
 
 def rates_of(device_name: str) -> Rates:

@@ -44,6 +44,22 @@ def whole(m: int, dtype, slots: int) -> dict:
     return _sizes(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
 
 
+def decode(dtype) -> dict:
+    """Of w, for a few rows: three tiles of it on their way to each program."""
+    if dtype == torch.float32:
+        return _sizes(8, 3, BLOCK_N=128, BLOCK_K=32)
+    return _sizes(4, 3, BLOCK_N=128, BLOCK_K=64)
+
+
+def decode_strips(n: int, k: int, dtype) -> tuple[int, int]:
+    """Strips of K so that about 256 programs read w, each no less than 256 wide, and the width of each."""
+    block = decode(dtype)
+    columns = triton.cdiv(n, block["BLOCK_N"])
+    count = max(1, min(256 // max(1, columns), k // 256))
+    width = triton.cdiv(triton.cdiv(k, count), block["BLOCK_K"]) * block["BLOCK_K"]
+    return triton.cdiv(k, width), width
+
+
 def narrow(dtype, slots: int) -> dict:
     """Of dy, for dh and db."""
     if dtype == torch.float32:

@@ -5,6 +5,7 @@ here and kept as a plan until other adapters compute or somebody writes to a par
 """
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -12,10 +13,14 @@ from torch import Tensor, nn
 
 from pefast import dispatch
 from pefast.formats import FORMATS
+from pefast.kernels import delta_linear_decode as triton_hand
 from pefast.layers.lowrank import LowRank
+from pefast.native import delta_linear_decode as native_hand
 from pefast.native import through_the_registry
-from pefast.native.delta_linear_decode import ROWS, Plan, RowDelta, why_not
+from pefast.native.delta_linear_decode import RowDelta
 
+# who takes such steps; each says so in `takes`, `ROWS` and `why_not`, and makes a Plan
+HANDS = {"native": native_hand, "triton": triton_hand}
 # a dict that holds a parameter or a number, and its name there: where to look whether it is still the same
 Place = tuple[dict, str]
 
@@ -32,7 +37,7 @@ class Lora(NamedTuple):
 class Remembered:
     """The plan of a layer's last step, or None where it can have none. Copies of a layer begin anew."""
 
-    def __init__(self, key: tuple = (), plan: Plan | None = None, tensors=(), numbers=()):
+    def __init__(self, key: tuple = (), plan=None, tensors=(), numbers=()):
         self.key, self.plan = key, plan
         self.tensors: tuple[Place, ...] = tensors
         self.numbers: tuple[Place, ...] = numbers
@@ -54,7 +59,7 @@ def forget(layer: nn.Module) -> None:
 
 
 def decoded(host: nn.Module, x: Tensor) -> Tensor | None:  # [..., K] -> [..., N]
-    """y of a DeltaHost where this call is a decoding step that csrc takes, else None."""
+    """y of a DeltaHost where this call is a decoding step that a kernel takes, else None."""
     router = host.router
     if host.merged or not router.turns or not few_rows(x):
         return None
@@ -64,14 +69,17 @@ def decoded(host: nn.Module, x: Tensor) -> Tensor | None:  # [..., K] -> [..., N
 
 def few_rows(x: Tensor) -> bool:
     """Whether x [..., K] may be a decoding step: what can be said without its layer."""
-    return (
-        x.dtype is torch.bfloat16
-        and x.is_cpu
-        and 0 < x.numel() <= ROWS * x.shape[-1]
-        and not through_the_registry(x)
-        and not torch.is_autocast_enabled("cpu")
-        and dispatch.forced() in (None, "native")
-    )
+    return _hand(x) is not None
+
+
+def _hand(x: Tensor) -> ModuleType | None:
+    """Who may take x [..., K] as a decoding step, by its device, dtype and rows."""
+    named = dispatch.forced()
+    for name, hand in HANDS.items():
+        if named in (None, name) and hand.takes(x, named == name):
+            plain = not through_the_registry(x) and not torch.is_autocast_enabled(x.device.type)
+            return hand if plain and 0 < x.numel() <= hand.ROWS * x.shape[-1] else None
+    return None
 
 
 def step(
@@ -82,7 +90,7 @@ def step(
     loras: Callable[[], list[Lora] | None],
 ) -> Tensor | None:  # [..., N]
     """y by the layer's plan, made first where it has none for this; None where the general path computes."""
-    key = (*routed, x.shape[:-1], layer.training)
+    key = (*routed, x.shape[:-1], x.dtype, layer.training, dispatch.forced())
     memory = layer.__dict__.get("remembered")
     # written to through .data, which leaves versions alone, a parameter is seen by the plan alone
     for _ in range(2):
@@ -114,11 +122,12 @@ def _remember(key: tuple, x: Tensor, frozen: tuple, loras: list[Lora] | None) ->
         if lora.index is None or ids[row // each] == lora.index
     ]
     bias = own.get("bias")
-    if why_not(w, bias, deltas):
+    hand = _hand(x)
+    if hand.why_not(w, bias, deltas):
         return Remembered(key)
     places = [(own, "weight")] + ([] if bias is None else [(own, "bias")])
     places += [place for lora in loras for place in (lora.a, lora.b)]
-    plan = Plan(w, bias, deltas, rows)
+    plan = hand.Plan(w, bias, deltas, rows)
     return Remembered(key, plan, tuple(places), tuple(lora.scale for lora in loras))
 
 

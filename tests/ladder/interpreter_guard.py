@@ -66,12 +66,12 @@ def paused():
 
 
 def _register(values) -> None:
-    """Open the books of one launch for every tensor among its arguments."""
+    """Open the books of one launch for every tensor among its arguments, and those that a table holds."""
     found = {}
     for value in values:
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            found.setdefault(storage.data_ptr(), _Storage(storage)).add(value)
+        for tensor in (value, *getattr(value, "holds", ())) if isinstance(value, torch.Tensor) else ():
+            storage = tensor.untyped_storage()
+            found.setdefault(storage.data_ptr(), _Storage(storage)).add(tensor)
     _storages[:] = sorted(found.values(), key=lambda storage: storage.start)
 
 
@@ -113,10 +113,10 @@ def install() -> None:
     begin = executor._init_args_hst
 
     def checked_begin(self, args, settings):
-        args, settings = begin(self, args, settings)
+        # before the interpreter puts tensors of its own in their place, on the same memory
         if not _paused:
             _register([*args, *settings.values()])
-        return args, settings
+        return begin(self, args, settings)
 
     def checked_load(self, pointers, mask, *rest):
         _check(self, pointers, mask.data, stores=False)

@@ -30,13 +30,15 @@ class Launched(NamedTuple):
     text: str  # the PTX
 
 
-def run_ptx(text, entry, grid, block, arguments, shared_bytes=0, checks=None) -> None:
+def run_ptx(text, entry, grid, block, arguments, shared_bytes=0, checks=None, blocks_at_once=0) -> None:
     """Execute one kernel of a module of PTX on CPU tensors, which it changes in place.
 
     entry: the kernel's name, mangled as it is in the text, or a part of it that only one kernel has.
-    grid, block: up to three numbers. arguments: in the kernel's order, CPU tensors, contiguous numpy arrays,
-    numbers, bytes for a structure, None for a null pointer. shared_bytes: of `extern __shared__`, as given
-    with a launch. Raises PtxError with the instruction and the block for whatever ptx/__init__.py lists.
+    grid, block: up to three numbers. shared_bytes: of `extern __shared__`, as given with a launch.
+    blocks_at_once: how many run side by side; all of them where blocks wait for each other.
+    arguments: in the kernel's order, CPU tensors, contiguous numpy arrays, numbers, None for a null pointer;
+    for a structure its bytes; for one that holds pointers its bytes and the tensors whose data_ptr() is in
+    them. Raises PtxError with the instruction and the block for whatever ptx/__init__.py lists.
 
         run_ptx(nvcc_ptx, "scale_rows", grid=(4,), block=(128,), arguments=[x, y, m, n, 0.5])
     """
@@ -46,10 +48,10 @@ def run_ptx(text, entry, grid, block, arguments, shared_bytes=0, checks=None) ->
         raise PtxError(
             f"run_ptx: {entry!r} fits {len(names)} kernels of {sorted(kernels)}; one would be right"
         )
-    run_kernel(kernels[names[0]], grid, block, arguments, shared_bytes, checks or Checks())
+    run_kernel(kernels[names[0]], grid, block, arguments, shared_bytes, checks or Checks(), blocks_at_once)
 
 
-def run_kernel(kernel: Kernel, grid, block, arguments, shared_bytes, checks) -> None:
+def run_kernel(kernel: Kernel, grid, block, arguments, shared_bytes, checks, at_once=0) -> None:
     """The same for a kernel that has been parsed."""
     grid, block = (tuple(sizes) + (1,) * (3 - len(sizes)) for sizes in (grid, block))
     threads = int(np.prod(block))
@@ -60,13 +62,16 @@ def run_kernel(kernel: Kernel, grid, block, arguments, shared_bytes, checks) -> 
     # Triton's last parameters, for scratch, are not launched with
     arguments = [*arguments, *[None] * (len(kernel.parameters) - len(arguments))]
     memory = GlobalMemory()
+    given = zip(kernel.parameters, arguments, strict=True)
+    bytes_ = {parameter.name: _parameter_bytes(memory, parameter, value) for parameter, value in given}
+    # parameters lie in memory too, for a kernel may take their addresses
     parameters = {
-        parameter.name: _parameter_bytes(memory, parameter, value)
-        for parameter, value in zip(kernel.parameters, arguments, strict=True)
+        name: (value, _placed(memory, np.frombuffer(value, np.uint8).copy()))
+        for name, value in bytes_.items()
     }
     memory.open()
     numbers = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
-    each = max(1, MOST_LANES // threads)
+    each = at_once or max(1, MOST_LANES // threads)
     for begin in range(0, len(numbers), each):
         batch = numbers[begin : begin + each]
         Machine(kernel, grid, block, batch, parameters, memory, shared_bytes, checks).run()
@@ -76,6 +81,8 @@ def run_kernel(kernel: Kernel, grid, block, arguments, shared_bytes, checks) -> 
 def _parameter_bytes(memory, parameter, value) -> bytes:
     if isinstance(value, bytes):
         return value
+    if isinstance(value, tuple):
+        return _structure(memory, *value)
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return np.uint64(_placed(memory, value)).tobytes()
     type_ = TYPES[parameter.kind]
@@ -85,6 +92,17 @@ def _parameter_bytes(memory, parameter, value) -> bytes:
         raise PtxError(f"{parameter.name}: is {parameter.kind}, {value} came")
     number = int(value or 0) & ((1 << 8 * SIZES[parameter.kind]) - 1)
     return number.to_bytes(SIZES[parameter.kind], "little")
+
+
+def _structure(memory, bytes_, tensors) -> bytes:
+    """The bytes of a structure with its pointers turned to where their tensors' copies are."""
+    words = np.frombuffer(bytes_, np.uint64).copy()
+    for tensor in tensors:
+        place, storage = _placed(memory, tensor), tensor.untyped_storage()
+        first = storage.data_ptr()
+        inside = (words >= first) & (words < first + max(1, storage.nbytes()))
+        words[inside] += np.uint64((place - tensor.data_ptr()) % 2**64)
+    return words.tobytes()
 
 
 def _placed(memory, value) -> int:

@@ -24,13 +24,15 @@ OPERATIONS = {
 }
 # lanes of numpy's arrays: wider ones cost time, narrower ones calls
 MOST_LANES = 1024
+# of so many steps apart one belongs to the blocks that are ahead
+PATIENCE = 4
 
 
 class Machine:
     """One batch of blocks of one launch."""
 
     def __init__(self, kernel: Kernel, grid, block, numbers, parameters, memory, shared_bytes, checks):
-        """`numbers` are the blocks' places in the grid; `parameters` the bytes of each parameter by name."""
+        """`numbers`: the blocks' places in the grid; `parameters`: bytes and address of each by name."""
         self.kernel, self.parameters, self.memory, self.checks = kernel, parameters, memory, checks
         self.threads, self.numbers = int(np.prod(block)), numbers
         self.lanes = self.threads * len(numbers)
@@ -105,6 +107,8 @@ class Machine:
             return self.special[operand].astype(WORDS[size]).view(type_)
         if operand in self.arrays:
             return self.constant(self.arrays[operand], type_)
+        if operand in self.parameters:
+            return self.constant(self.parameters[operand][1], type_)
         if kind == "pred":
             return self.constant(bool(int(operand, 0)), type_)
         if match := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", operand):
@@ -118,8 +122,6 @@ class Machine:
             number = int(operand.rstrip("U"), 0)
         except ValueError:
             raise PtxError(f"cannot read the operand {operand}") from None
-        if kind.startswith("f") and kind not in ("f16x2",):
-            return self.constant(number, type_)
         return self.constant(number & ((1 << 8 * size) - 1), WORDS[size]).view(type_)
 
     def sink(self, operand: str, kind: str):
@@ -222,6 +224,9 @@ class Machine:
             at = int(self.at[running].min())
             if at == self.at.max() and running.all():
                 return at, left
+            if left % PATIENCE == 0:
+                # the lowest blocks may be waiting for others
+                running, at = self._others(running, at)
             here = running & (self.at == at)
             if at >= len(self.steps):
                 self.done |= here
@@ -238,6 +243,12 @@ class Machine:
                 self._part(at, outcome, here)
             except PtxError as error:
                 raise self._placed(error, at) from None
+
+    def _others(self, running, at):
+        """The same without the blocks that are at `at`, where that leaves any."""
+        place = np.where(running, self.at, len(self.steps)).reshape(-1, self.threads).min(1)
+        others = running & np.repeat(place > at, self.threads)
+        return (others, int(self.at[others].min())) if others.any() else (running, at)
 
     def _part(self, at, outcome, here):
         """Move the lanes `here` on, the active ones as the instruction at `at` says."""

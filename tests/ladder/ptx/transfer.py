@@ -57,6 +57,7 @@ def _route(m, addresses, space):
 def _convert_address(m, i):
     """cvta: between an address of shared memory and a generic one."""
     read, out = m.source(i.operands[1], "u64"), m.sink(i.operands[0], "u64")
+    # parameters lie in global memory here
     if not any(part.startswith("shared") for part in i.parts):
         return lambda: out(read())
     window = np.uint64(SHARED_WINDOW)
@@ -67,7 +68,7 @@ def _load(m, i):
     space, count, kind = _space(i), _count(i), i.kind
     names = i.operands[0] if isinstance(i.operands[0], tuple) else (i.operands[0],)
     outs, size = [m.sink(name, kind) for name in names], SIZES[kind]
-    if space == "param":
+    if space == "param" and i.operands[1].base in m.parameters:
         return _load_parameter(m, i, outs, size)
     if space in ("const", "local"):
         raise PtxError(f"no {space} memory")
@@ -91,9 +92,7 @@ def _load(m, i):
 
 def _load_parameter(m, i, outs, size):
     address = i.operands[1]
-    if address.base not in m.parameters:
-        raise PtxError(f"no parameter {address.base}")
-    bytes_ = m.parameters[address.base][address.offset :]
+    bytes_ = m.parameters[address.base][0][address.offset :]
     values = np.frombuffer(bytes_[: size * len(outs)], WORDS[size]).view(TYPES[i.kind])
     columns = [m.constant(value, values.dtype) for value in values]
 

@@ -8,7 +8,7 @@ VENV ?= .venv
 # the CPU build where pip is set up to find it; elsewhere see README, "Installing"
 TORCH ?= torch==2.13.0
 # triton brings no CUDA; without a GPU it runs the tests of the kernels in its interpreter
-EXTRAS ?= train,tasks,gguf,triton,test,dev
+EXTRAS ?= train,tasks,search,gguf,triton,test,dev
 
 BIN := $(VENV)/bin
 RELEASE := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")

@@ -1,8 +1,10 @@
 """A recipe: all that one training run needs, from a YAML file and flags, checked before work begins."""
 
+import copy
 import dataclasses
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +14,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 # those of transformers' schedules that need nothing but the number of steps
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 _COUNTS = ("max_steps", "evaluate_every", "patience", "save_every")
+# what a search may change; other keys would change the rows that judge
+SEARCHED = ("model", "methods", "training", "data.columns", "data.train_rows")
 
 
 @dataclass
@@ -62,6 +66,25 @@ class Training:
 
 
 @dataclass
+class Search:
+    """What `pefast select` tries, and how each trial is judged."""
+
+    # dotted keys, each with a list of choices or a range {low: 1e-4, high: 1e-2, log: true}
+    space: dict
+    trials: int = 20
+    folds: int = 0  # of the training rows; 0: data.valid_rows or data.valid_source judge
+    seed: int = 0  # of what is tried; the training's own stays
+
+
+class Range(typing.NamedTuple):
+    """Numbers from low to high, both included; whole numbers where both are."""
+
+    low: float
+    high: float
+    log: bool
+
+
+@dataclass
 class Recipe:
     """One run."""
 
@@ -72,6 +95,7 @@ class Recipe:
     methods: list[dict] = field(default_factory=list)  # each: method, and that method's settings
     training: Training = field(default_factory=Training)
     quick: dict = field(default_factory=dict)  # dotted keys that a short run lays over the others
+    search: Search | None = None  # for `pefast select`; `pefast train` passes over it
 
 
 def read(path: str | Path, changes: dict[str, object] | None = None, quick: bool = False) -> Recipe:
@@ -85,7 +109,18 @@ def read(path: str | Path, changes: dict[str, object] | None = None, quick: bool
     if not path.is_file():
         raise FileNotFoundError(f"recipe: {path} is no file; recipes/ has some to start from")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe: {path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    return parse(text, path, changes, quick)
+
+
+def parse(
+    text: str, path: str | Path, changes: dict[str, object] | None = None, quick: bool = False
+) -> Recipe:
+    """The recipe of a YAML text; `path` is what errors name. See `read`."""
+    try:
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -113,6 +148,68 @@ def change(text: str) -> tuple[str, object]:
     if not equals:
         raise ValueError(f"--set: {text!r} has no '='; write for instance training.lr=0.01")
     return key.strip(), yaml.safe_load(value)
+
+
+def changed(recipe: Recipe, changes: dict[str, object]) -> Recipe:
+    """Another recipe with `changes` (dotted keys) laid over. Raises ValueError as `read` does."""
+    content = dataclasses.asdict(recipe)
+    for dotted, value in changes.items():
+        _change(content, dotted, value)
+    made = _build(Recipe, content, "recipe")
+    _check(made)
+    return made
+
+
+def differences(was: Recipe, now: Recipe) -> Iterator[tuple[str, object, object]]:
+    """(dotted key, old value, new value) wherever two recipes differ."""
+    before, after = dataclasses.asdict(was), dataclasses.asdict(now)
+    for name in before:
+        if all(isinstance(each[name], dict) for each in (before, after)):
+            keys = {**before[name], **after[name]}
+            pairs = [(f"{name}.{key}", before[name].get(key), after[name].get(key)) for key in keys]
+        else:
+            pairs = [(name, before[name], after[name])]
+        yield from (pair for pair in pairs if pair[1] != pair[2])
+
+
+def axes(search: Search) -> dict[str, Range | list]:
+    """What each key of a search may become, the keys of whole sections first.
+
+    Raises ValueError for a key that no search may change, no choice, or a range that is none.
+    """
+    if not search.space:
+        raise ValueError("search.space: no key came; {training.lr: {low: 1e-4, high: 1e-2}} would be right")
+    return {
+        key: _axis(key, search.space[key]) for key in sorted(search.space, key=lambda key: key.count("."))
+    }
+
+
+def label(choice: object) -> object:
+    """A choice as a table takes it: numbers and words as they are, the rest as one line of YAML."""
+    if choice is None or isinstance(choice, bool | int | float | str):
+        return choice
+    return yaml.safe_dump(choice, default_flow_style=True, sort_keys=False, width=1_000_000).strip()
+
+
+def _axis(key: str, given: object) -> Range | list:
+    where = f"search.space.{key}"
+    if not any(key == known or key.startswith(known + ".") for known in SEARCHED):
+        raise ValueError(f"{where}: a search changes {', '.join(SEARCHED)} and what is below them")
+    if isinstance(given, list) and given:
+        return given
+    if not isinstance(given, dict) or not {"low", "high"} <= given.keys() <= {"low", "high", "log"}:
+        raise ValueError(
+            f"{where}: {given!r} came; a list of choices or {{low: 1e-4, high: 1e-2, log: true}} is wanted"
+        )
+    low, high = (_value(float, given[end], f"{where}.{end}") for end in ("low", "high"))
+    log = _value(bool, given.get("log", False), f"{where}.log")
+    if not low < high or (log and low <= 0):
+        above = " and above 0" if log else ""
+        raise ValueError(
+            f"{where}: from {low:g} to {high:g} came; a low end below the high one{above} is right"
+        )
+    whole = all(isinstance(given[end], int) for end in ("low", "high"))
+    return Range(int(low), int(high), log) if whole else Range(low, high, log)
 
 
 def methods(recipe: Recipe) -> list:
@@ -143,10 +240,22 @@ def _keys(cls) -> str:
 def _change(content: dict, dotted: str, value: object) -> None:
     *sections, key = dotted.split(".")
     for section in sections:
-        content = content.setdefault(section, {})
-        if not isinstance(content, dict):
+        if isinstance(content, list):
+            content = content[_place(content, section, dotted)]
+        else:
+            content = content.setdefault(section, {})
+        if not isinstance(content, dict | list):
             raise ValueError(f"--set: {section!r} in {dotted!r} has no keys below it")
-    content[key] = value
+    # a copy: a later change may go below it
+    content[_place(content, key, dotted) if isinstance(content, list) else key] = copy.deepcopy(value)
+
+
+def _place(entries: list, key: str, dotted: str) -> int:
+    if not key.isdigit() or int(key) >= len(entries):
+        raise ValueError(
+            f"--set: {key!r} in {dotted!r} is no place in a list of {len(entries)}, counted from 0"
+        )
+    return int(key)
 
 
 def _build(cls, content: object, where: str):
@@ -167,11 +276,11 @@ def _build(cls, content: object, where: str):
 
 def _value(kind, value: object, where: str):
     """`value` as `kind`; a number may be written as text, since YAML reads 1e-3 as a string."""
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)
     choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if value is None and type(None) in choices:
         return None
+    if dataclasses.is_dataclass(choices[0]):
+        return _build(choices[0], value, where)
     kind = typing.get_origin(choices[0]) or choices[0]
     if kind in (int, float) and isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
@@ -226,7 +335,33 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(
             f"training.schedule: {recipe.training.schedule!r} came; it is one of {', '.join(SCHEDULES)}"
         )
+    if recipe.search is not None:
+        _check_search(recipe)
     if recipe.training.patience and not (recipe.data.valid_rows or recipe.data.valid_source):
         raise ValueError(
             "training.patience: there are no rows to choose by; data.valid_rows=200 holds some out"
         )
+
+
+def _check_search(recipe: Recipe) -> None:
+    search = recipe.search
+    if search.trials < 1 or search.folds < 0 or search.folds == 1:
+        raise ValueError(
+            f"search: {search.trials} trials and {search.folds} folds came; at least one trial,"
+            " and 0 folds or from 2 on, would be right"
+        )
+    if not search.folds and not (recipe.data.valid_rows or recipe.data.valid_source):
+        raise ValueError(
+            "search: there are no rows to judge by; data.valid_rows=200 holds some out, search.folds=3 takes"
+            " turns with the training rows"
+        )
+    bare = dataclasses.replace(recipe, search=None)
+    for key, axis in axes(search).items():
+        # what is below a method is checked against the methods, which know their settings
+        if key.startswith("methods."):
+            continue
+        for value in axis[:2] if isinstance(axis, Range) else axis:
+            try:
+                changed(bare, {key: value})
+            except ValueError as error:
+                raise ValueError(f"search.space.{key}: {error}") from None

@@ -47,8 +47,11 @@ class Point(NamedTuple):
         return statistics.stdev(self.values) / math.sqrt(len(self.values)) if len(self.values) > 1 else 0.0
 
 
-def folds(rows: Sequence[Row], count: int, seed: int = 0) -> list[tuple[list[Row], list[Row]]]:
-    """(the other rows, the fold's) for each of `count` folds, shuffled, their sizes at most one apart.
+def folds(
+    rows: Sequence[Row], count: int, seed: int = 0, by: str | None = None
+) -> list[tuple[list[Row], list[Row]]]:
+    """(the other rows, the fold's) for each of `count` folds, shuffled, their sizes at most one apart; with
+    `by` each value of that role has its share in every fold.
 
     Raises ValueError for fewer than two folds or more folds than rows.
     """
@@ -56,6 +59,9 @@ def folds(rows: Sequence[Row], count: int, seed: int = 0) -> list[tuple[list[Row
         raise ValueError(f"select: {count} folds of {len(rows)} rows; 2 to {len(rows)} would be right")
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
+    if by is not None:
+        # dealt out value by value, so that no fold gets more than its share of one; the sort keeps the order
+        order.sort(key=lambda index: str(rows[index][by]))
     parts = [set(order[i::count]) for i in range(count)]
     return [
         ([row for i, row in enumerate(rows) if i not in part], [rows[i] for i in sorted(part)])
@@ -81,7 +87,7 @@ def curve(
     """
     check_lines(lines, by)
     found: dict[float, list[tuple[float, int, float]]] = {line: [] for line in lines}
-    parts = folds(run.train, count, run.recipe.data.seed)
+    parts = folds(run.train, count, run.recipe.data.seed, run.task.STRATUM)
     quiet = Watcher(Console(quiet=True))
     with tempfile.TemporaryDirectory() as folder:
         recipe = dataclasses.replace(run.recipe, output=f"{folder}/out")

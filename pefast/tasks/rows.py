@@ -4,6 +4,7 @@ A row is a dictionary: what the task calls a value (its role, such as "text" or 
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from string import Formatter
@@ -72,8 +73,9 @@ def _derived(path: Path, derive: str | None) -> Iterator[dict]:
         yield from DERIVED[derive](record)
 
 
-def split(rows: list[Row], test_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """The rows to train on and the `test_rows` held out, shuffled by `seed`.
+def split(rows: list[Row], test_rows: int, seed: int, by: str | None = None) -> tuple[list[Row], list[Row]]:
+    """The rows to train on and the `test_rows` held out, shuffled by `seed`; with `by` each value of that
+    role has the same share in both, to rounding.
 
     Raises ValueError where nothing is left to train on.
     """
@@ -84,7 +86,25 @@ def split(rows: list[Row], test_rows: int, seed: int) -> tuple[list[Row], list[R
     order = list(rows)
     # python's own generator gives the same order on every platform and release
     random.Random(seed).shuffle(order)
-    return order[test_rows:], order[:test_rows]
+    if by is None:
+        return order[test_rows:], order[:test_rows]
+    left = _shares(Counter(str(row[by]) for row in order), test_rows)
+    train, test = [], []
+    for row in order:
+        held = left[str(row[by])] > 0
+        left[str(row[by])] -= held
+        (test if held else train).append(row)
+    return train, test
+
+
+def _shares(counts: Counter, wanted: int) -> dict[str, int]:
+    """`wanted` things divided as `counts` are, by largest remainders."""
+    total = counts.total()
+    shares = {value: count * wanted // total for value, count in counts.items()}
+    rests = sorted(counts, key=lambda value: (-(counts[value] * wanted % total), value))
+    for value in rests[: wanted - sum(shares.values())]:
+        shares[value] += 1
+    return shares
 
 
 def without(rows: list[Row], held_out: Iterable[Row]) -> list[Row]:

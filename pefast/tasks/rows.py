@@ -30,28 +30,41 @@ def read(
     sides. Raises ValueError for another kind of file, a missing column, or when no row is left.
     """
     rows, seen = [], set()
-    wanted = [name for column in columns.values() for name in _names(column)]
+    for row in stream(path, columns, where, derive):
+        key = key_of(row)
+        if any(key) and key not in seen:
+            seen.add(key)
+            rows.append(row)
+    if not rows:
+        if path.is_file() and not path.stat().st_size:
+            raise ValueError(f"{path.name}: the file is empty")
+        raise ValueError(f"{path.name}: no row is left{f' where {dict(where)}' if where else ''}")
+    return rows
+
+
+def stream(
+    path: Path,
+    columns: Mapping[str, str] = TEXT,
+    where: Mapping[str, object] | None = None,
+    derive: str | None = None,
+) -> Iterator[Row]:
+    """The rows of `read` as the file gives them, repeated ones too; nothing is kept."""
+    wanted = [name for column in columns.values() for name in names_of(column)]
     for number, record in enumerate(_derived(path, derive), 1):
         missing = [column for column in (*wanted, *(where or ())) if record.get(column) is None]
         if missing:
             there = ", ".join(map(str, record))
             raise ValueError(f"{path.name}: row {number} has no {missing[0]!r}; its columns are {there}")
-        if any(str(record[column]) != str(value) for column, value in (where or {}).items()):
-            continue
-        row = {
-            role: column.format_map(record) if "{" in column else record[column]
-            for role, column in columns.items()
-        }
-        key = _key(row)
-        if any(key) and key not in seen:
-            seen.add(key)
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path.name}: no row is left{f' where {dict(where)}' if where else ''}")
-    return rows
+        if all(str(record[column]) == str(value) for column, value in (where or {}).items()):
+            yield {role: filled(column, record) for role, column in columns.items()}
 
 
-def _names(column: str) -> list[str]:
+def filled(column: str, record: Mapping[str, object]) -> object:
+    """The value of a record's column, or a text around columns with their values in it."""
+    return column.format_map(record) if "{" in column else record[column]
+
+
+def names_of(column: str) -> list[str]:
     """The columns that a column's text names; itself where it is none."""
     if "{" not in column:
         return [column]
@@ -109,10 +122,10 @@ def _shares(counts: Counter, wanted: int) -> dict[str, int]:
 
 def without(rows: list[Row], held_out: Iterable[Row]) -> list[Row]:
     """The rows whose text is in none of `held_out`."""
-    keys = {_key(row) for row in held_out}
-    return [row for row in rows if _key(row) not in keys]
+    keys = {key_of(row) for row in held_out}
+    return [row for row in rows if key_of(row) not in keys]
 
 
-def _key(row: Row) -> tuple[str, ...]:
+def key_of(row: Row) -> tuple[str, ...]:
     """What makes two rows the same example: everything but the answer, letter case and spaces aside."""
     return tuple(" ".join(str(value).casefold().split()) for role, value in row.items() if role != "label")

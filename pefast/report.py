@@ -64,6 +64,30 @@ def explain(model: nn.Module) -> str:
     return "\n".join(said + _packs(model))
 
 
+def fused_layers(model: nn.Module, rows: int = _PROBE_ROWS) -> tuple[int, int]:
+    """How many layers a hand other than eager computes with their deltas, for so many rows of x, and how many
+    layers have an active delta."""
+    fused = whole = 0
+    for module in model.modules():
+        if isinstance(module, FusedLoRALinear):
+            segments = [Segment(module.lora_a, module.lora_b, module.scale, dropout=module.dropout)]
+        elif isinstance(module, PeftLinear):
+            segments = [] if module.why_not() else _peft_segments(module)
+        elif isinstance(module, DeltaHost) and not module.merged:
+            names = [name for name, _ in module.router.turns if name in module.deltas]
+            deltas = [delta for name in names for delta in module.deltas[name].values()]
+            if not deltas:
+                continue
+            segments = [] if isinstance(module, ModuleHost) else _segments(deltas)
+        else:
+            continue
+        whole += 1
+        if segments:
+            layer = module.get_base_layer() if isinstance(module, PeftLinear) else module
+            fused += _choice(_reasons(layer, segments, module.compute, rows))[0] != "eager"
+    return fused, whole
+
+
 def _packs(model: nn.Module) -> list[str]:
     """What the native hand keeps beside the frozen weights, a weight that layers share counted once."""
     stores = {}
@@ -79,12 +103,7 @@ def _host_line(host: DeltaHost, deltas: list[tuple[str, str, LowRank]]) -> str:
     if host.merged:
         return f"frozen layer alone, {', '.join(host.merged)} merged into its weight"
     what = " + ".join(f"{key} of {name}" for name, key, _ in deltas)
-    segments = []
-    for _, _, delta in deltas:
-        if delta.rides:
-            segments.append(
-                Segment(delta.a, delta.b, delta.scale, delta.activation, delta.c, delta.d, delta.dropout)
-            )
+    segments = _segments([delta for _, _, delta in deltas])
     if not deltas:
         return "frozen layer alone, no active adapter"
     if isinstance(host, ModuleHost):
@@ -92,6 +111,15 @@ def _host_line(host: DeltaHost, deltas: list[tuple[str, str, LowRank]]) -> str:
     if not segments:
         return f"{what}: after the frozen layer, eager"
     return _line(what, host, segments, host.compute)
+
+
+def _segments(deltas: list[LowRank]) -> list[Segment]:
+    """What of a layer's deltas rides on its product."""
+    return [
+        Segment(delta.a, delta.b, delta.scale, delta.activation, delta.c, delta.d, delta.dropout)
+        for delta in deltas
+        if delta.rides
+    ]
 
 
 def _replaced_line(module: nn.Module) -> str:
@@ -124,19 +152,25 @@ def _choice(reasons: dict[str, str]) -> tuple[str, str]:
 def _peft_line(module: PeftLinear) -> str:
     if why := module.why_not():
         return f"PEFT's own forward: {why}"
-    segments = [module._segment(name, None) for name in module.active_adapters if name in module.lora_A]
-    return _line("LoRA of PEFT", module.get_base_layer(), segments, module.compute)
+    return _line("LoRA of PEFT", module.get_base_layer(), _peft_segments(module), module.compute)
+
+
+def _peft_segments(module: PeftLinear) -> list[Segment]:
+    return [module._segment(name, None) for name in module.active_adapters if name in module.lora_A]
 
 
 def _line(what: str, module: nn.Module, segments: list[Segment], compute: str | None) -> str:
-    weight = format_of(module).weight(module) if format_of(module) else module.weight
-    x = torch.empty(_PROBE_ROWS, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    seed = torch.zeros(1, dtype=torch.int64) if any(s.dropout for s in segments) else None
-    call = Call(x, weight, module.bias, None, None, seed, tuple(segments), None, compute)
-    reasons = OP.reasons(call)
-    taken, others = _choice(reasons)
-    rounded = taken == "native" and weight.dtype is torch.float32 and compute == "bf16"
+    taken, others = _choice(_reasons(module, segments, compute, _PROBE_ROWS))
+    rounded = taken == "native" and module.weight.dtype is torch.float32 and compute == "bf16"
     return f"{what}: {taken}{', products in bf16' if rounded else ''}{others}"
+
+
+def _reasons(module: nn.Module, segments: list[Segment], compute: str | None, rows: int) -> dict[str, str]:
+    """Each hand, and why it does not compute a layer for so many rows."""
+    weight = format_of(module).weight(module) if format_of(module) else module.weight
+    x = torch.empty(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    seed = torch.zeros(1, dtype=torch.int64) if any(s.dropout for s in segments) else None
+    return OP.reasons(Call(x, weight, module.bias, None, None, seed, tuple(segments), None, compute))
 
 
 def _attention_line(model: nn.Module, module: nn.Module) -> str:

@@ -71,7 +71,7 @@ def step(
     w_ptr,  # [N, K]
     a_ptr,  # what places of a are counted from
     b_ptr,  # what places of b are counted from
-    slot_ptr,  # [count, 4]  int64: place of a row of a, place of a column of b, between its numbers, rows' bits
+    slot_ptr,  # [count, 4]  int64: place of a row of a, of a column of b, step along that, rows' bits
     scale_ptr,  # [count]  fp32
     gain_ptr,  # [N], or None
     bias_ptr,  # [N], or None
@@ -92,7 +92,7 @@ def step(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One strip of K's part of a tile of y, upright: warps share out the rows of a tile, and 16 are too few."""
+    """One strip of K's part of a tile of y, upright: warps share out a tile's rows, and 16 are too few."""
     columns = tl.cdiv(N, BLOCK_N)
     column, strip = tl.program_id(0) % columns, tl.program_id(0) // columns
     first_k = strip * length
@@ -256,9 +256,9 @@ class Plan:
         tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
         wide = any(stride >= 2**22 for stride in (x.stride(0), *self.w.stride()))
         step[(triton.cdiv(n, self.block["BLOCK_N"]) * self.strips,)](
-            x, self.w, self.a, self.b, self.slots, self.scales, self.gain, self.bias, y if parts is None else parts,
-            m, n, k, count, self.length, x.stride(0), *self.w.stride(), PARTS=parts is not None,
-            ALIGNED=self.aligned, PRECISION="tf32" if tf32 else "ieee", WIDE=wide,
+            x, self.w, self.a, self.b, self.slots, self.scales, self.gain, self.bias,
+            y if parts is None else parts, m, n, k, count, self.length, x.stride(0), *self.w.stride(),
+            PARTS=parts is not None, ALIGNED=self.aligned, PRECISION="tf32" if tf32 else "ieee", WIDE=wide,
             BLOCK_R=min(128 // self.a.element_size(), max(16, triton.next_power_of_2(count))), **self.block,
         )  # fmt: skip
         if parts is not None:

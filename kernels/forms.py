@@ -7,7 +7,7 @@
     library  the vendor's product, then the waist's part added to its result: y is read and written once more
 
 Bytes are those of each tensor once a launch. What one launch leaves for the next in less than `cache` bytes
-stays on the chip and counts for neither. Of a decoding step (`step`) what each program reads again counts too.
+stays on the chip and counts for neither. Of a decoding step (`step`) what a program reads again counts too.
 
 Sources. H100: 798 TFLOP/s of an 8192³ product in bf16 and 3.0 TB/s of a copy, both measured on one H100 SXM;
 50 MB of cache and 14.8 T integer operations a second (132 multiprocessors, 64 lanes, 1.755 GHz) from its data
@@ -175,7 +175,7 @@ def step(s: Shape, strips: int) -> list[Launch]:
 
 
 def one_by_one(s: Shape, adapters: int) -> list[Launch]:
-    """The launches of a step as the eager hand takes it: the layer, then each adapter's waist, rows and part."""
+    """The launches of a step by the eager hand: the layer, then each adapter's waist, rows and part."""
     product, waist, beside = forward("library", s._replace(r=s.r / max(1, adapters)))
     rows = Launch("rows of an adapter", 0, 0, 0)
     return [product, *[waist, rows, beside][:: 2 if adapters == 1 else 1] * adapters]

@@ -74,6 +74,21 @@ def down(dtype, slots: int) -> dict:
     return _sizes(4 if slots <= 32 else 8, 2, BLOCK_M=64, BLOCK_K=128)
 
 
+def chosen(dtype, height: int, width: int) -> dict:
+    """Of the chosen entries of dyᵀ x: blocks no larger than a tile of them asks for."""
+    blocks = {
+        name: min(128 if dtype != torch.float32 else 64, max(16, triton.next_power_of_2(size)))
+        for name, size in (("BLOCK_N", height), ("BLOCK_K", width))
+    }
+    rows = 32 if dtype == torch.float32 else 64
+    return _sizes(8 if blocks["BLOCK_N"] * blocks["BLOCK_K"] >= 4096 else 4, 2, BLOCK_M=rows, **blocks)
+
+
+def sampled(dtype) -> dict:
+    """Of dyᵀ x, of which chosen elements are taken: one tile of it lies in shared memory once."""
+    return _sizes(8, 2, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64 if dtype == torch.float32 else 128)
+
+
 def attention(dtype, d: int, dropout: bool, stages: int = 2) -> dict:
     """Of o or dq: BLOCK_L queries and BLOCK_C keys; a mask wants 128 keys."""
     wide = max(16, triton.next_power_of_2(d))

@@ -34,8 +34,12 @@ def forward(call) -> tuple[Tensor, tuple]:
     return y, ()
 
 
-def backward(call, saved: tuple, dy: Tensor, needs):
-    """dx, dw, dbias and dvalues of each part; None for what is not needed."""
+def backward(call, saved: tuple, dy: Tensor, needs, gradient=None):
+    """dx, dw, dbias and dvalues of each part; None for what is not needed.
+
+    `gradient` is another hand's chosen_gradient.
+    """
+    gradient = gradient or chosen_gradient
     dx = _dx(call, dy) if needs.x else None
     dbias = dy.sum(0).to(call.bias.dtype) if needs.bias else None
     dw = None
@@ -44,7 +48,7 @@ def backward(call, saved: tuple, dy: Tensor, needs):
         zeros = [(torch.zeros_like(values), index) for values, index in call.parts]
         dw = changed(torch.mm(dy.t(), call.x), zeros)
     parts = [
-        chosen_gradient(dy, call.x, index).to(values.dtype) if need else None
+        gradient(dy, call.x, index).to(values.dtype) if need else None
         for (values, index), need in zip(call.parts, needs.parts, strict=True)
     ]
     return dx, dw, dbias, parts

@@ -22,6 +22,7 @@ from torch import Tensor
 from pefast.dispatch import Operation
 from pefast.eager import partial_linear as eager
 from pefast.eager.partial_linear import tile_places, tiled
+from pefast.kernels import partial_linear as triton_hand
 from pefast.native import partial_linear as native_hand
 
 KINDS = ("rows", "columns", "tiles", "elements")
@@ -137,7 +138,7 @@ def partial_linear(
     tensors = [x, w, bias, *(v for v, _ in parts)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _PartialLinear.apply(call, hand, *tensors)
-    y, _ = OP.hands[hand].forward(call)
+    y, _ = _forward(hand, call)
     return y if flat else y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -149,7 +150,7 @@ class _PartialLinear(torch.autograd.Function):
         # call holds the same tensors, x flattened; they stand in the list as well so that autograd sees them
         ctx.hand, ctx.shape = hand, x.shape
         ctx.kinds = [(index.kind, index.tile) for _, index in call.parts]
-        y, saved = OP.hands[hand].forward(call)
+        y, saved = _forward(hand, call)
         at = [index.at for _, index in call.parts]
         ctx.save_for_backward(x, w, bias, *values, *at, *saved)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
@@ -167,12 +168,23 @@ class _PartialLinear(torch.autograd.Function):
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         call = Call(x, w, bias, list(zip(rest[:count], indices, strict=True)))
         need = ctx.needs_input_grad
-        dx, dw, dbias, dvalues = OP.hands[ctx.hand].backward(
-            call, rest[2 * count :], dy, Needs(*need[2:5], need[5:])
-        )
+        needs = Needs(*need[2:5], need[5:])
+        dx, dw, dbias, dvalues = _backward(ctx.hand, call, rest[2 * count :], dy, needs)
         if dx is not None and not flat:
             dx = dx.view(ctx.shape)
         return None, None, dx, dw, dbias, *dvalues
+
+
+def _forward(hand: str, call: Call):
+    return getattr(OP.hands[hand], "forward", eager.forward)(call)
+
+
+def _backward(hand: str, call: Call, saved, dy: Tensor, needs: Needs):
+    """By the hand; one that makes the chosen entries' gradient alone leaves the rest to the eager hand."""
+    whole = getattr(OP.hands[hand], "backward", None)
+    if whole is not None:
+        return whole(call, saved, dy, needs)
+    return eager.backward(call, saved, dy, needs, OP.hands[hand].chosen_gradient)
 
 
 def _parts(values, index) -> tuple[tuple[Tensor, Index], ...]:
@@ -202,4 +214,4 @@ def _check(x: Tensor, w: Tensor, parts) -> None:
             )
 
 
-OP = Operation("partial_linear", {"native": native_hand, "eager": eager})
+OP = Operation("partial_linear", {"native": native_hand, "triton": triton_hand, "eager": eager})

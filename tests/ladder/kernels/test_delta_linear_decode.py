@@ -1,13 +1,10 @@
 """A decoding step in Triton, on a GPU or in the interpreter: no worse than PyTorch, whoever each row asks."""
 
-import copy
 
 import pytest
 import torch
-from pefast.kernels import delta_linear_decode, forms, tiles
-from torch import nn
+from pefast.kernels import delta_linear_decode
 
-import pefast
 from pefast.native.delta_linear_decode import RowDelta
 from pefast.testing import assert_no_worse
 

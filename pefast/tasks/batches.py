@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pefast.model import route
 
+# a base model's folder is data: no pickle of it is read and no code of it is run
+SAFE = {"use_safetensors": True, "trust_remote_code": False}
 # an adapter's name for each row (None: the base model), or None where the active one computes
 Adapters = Sequence[str | None] | None
 

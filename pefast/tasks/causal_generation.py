@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
-from .batches import Adapters, answers, by_length, each, routed
+from .batches import SAFE, Adapters, answers, by_length, each, routed
 from .rows import Row
 
 ROLES = {"text": "prompt", "label": "answer"}
@@ -42,7 +42,7 @@ def names(rows: Sequence[Row], given: dict[str, str] | None = None) -> dict[str,
 
 def model(folder: str | Path, names: dict[str, str], dtype: torch.dtype) -> nn.Module:
     """The pretrained language model."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **SAFE)
 
 
 def encode(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from .batches import Adapters, answers, each
+from .batches import SAFE, Adapters, answers, each
 from .rows import Row
 
 ROLES = {"question": "question", "context": "context", "label": "answer"}
@@ -40,7 +40,7 @@ def names(rows: Sequence[Row], given: dict[str, str] | None = None) -> dict[str,
 
 def model(folder: str | Path, names: dict[str, str], dtype: torch.dtype) -> nn.Module:
     """The pretrained model with a fresh head that scores every token as first and as last."""
-    return AutoModelForQuestionAnswering.from_pretrained(folder, dtype=dtype)
+    return AutoModelForQuestionAnswering.from_pretrained(folder, dtype=dtype, **SAFE)
 
 
 def encode(

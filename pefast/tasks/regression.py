@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from . import text_classification
-from .batches import Adapters, text_tokens
+from .batches import SAFE, Adapters, text_tokens
 from .rows import Row
 
 ROLES = {"text": "text", "pair": None, "label": "label"}
@@ -47,7 +47,7 @@ def _number(row: Row) -> float:
 def model(folder: str | Path, names: dict[str, str], dtype: torch.dtype) -> nn.Module:
     """The pretrained model with a fresh head of one output."""
     return AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, problem_type="regression", dtype=dtype
+        folder, num_labels=1, problem_type="regression", dtype=dtype, **SAFE
     )
 
 

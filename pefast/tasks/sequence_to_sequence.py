@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from .batches import Adapters, by_length, routed, rows_of, text_tokens
+from .batches import SAFE, Adapters, by_length, routed, rows_of, text_tokens
 from .rows import Row
 
 ROLES = {"text": "source", "label": "target"}
@@ -31,7 +31,7 @@ def names(rows: Sequence[Row], given: dict[str, str] | None = None) -> dict[str,
 
 def model(folder: str | Path, names: dict[str, str], dtype: torch.dtype) -> nn.Module:
     """The pretrained encoder and decoder."""
-    return AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype)
+    return AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=dtype, **SAFE)
 
 
 def encode(

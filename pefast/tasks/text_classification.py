@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from .batches import Adapters, answers, text_tokens
+from .batches import SAFE, Adapters, answers, text_tokens
 from .rows import Row
 
 ROLES = {"text": "text", "pair": None, "label": "label"}
@@ -52,6 +52,7 @@ def model(folder: str | Path, names: dict[str, str], dtype: torch.dtype) -> nn.M
         id2label=dict(enumerate(shown)),
         label2id={name: index for index, name in enumerate(shown)},
         dtype=dtype,
+        **SAFE,
     )
 
 

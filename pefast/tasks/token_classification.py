@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .batches import Adapters, answers, each
+from .batches import SAFE, Adapters, answers, each
 from .rows import Row
 
 ROLES = {"tokens": "tokens", "label": "tags"}
@@ -54,6 +54,7 @@ def model(folder: str | Path, names: dict[str, str], dtype: torch.dtype) -> nn.M
         id2label=dict(enumerate(shown)),
         label2id={name: index for index, name in enumerate(shown)},
         dtype=dtype,
+        **SAFE,
     )
 
 

@@ -252,7 +252,6 @@ def test_runs_that_do_not_fit_are_one_sentence(folder, tmp_path):
     shutil.copytree(folder / "model", tmp_path / "model")
     (other / "recipe.yaml").write_text(text.replace(str(folder / "model"), str(tmp_path / "model")))
     assert "others are of" in pefast("predict", films, "a", "--with", other, code=2)
-    assert "one of them would be right" in pefast("predict", films, "a", "--file", row, code=2)
     assert "'yaml' came; it is one of" in pefast("predict", films, "a", "--output-format", "yaml", code=2)
 
 

@@ -41,8 +41,6 @@ def predict(
         for name, got, known in (("input", input_format, INPUTS), ("output", form, OUTPUTS)):
             if got is not None and got not in known:
                 raise ValueError(f"--{name}-format: {got!r} came; it is one of {', '.join(known)}")
-        if texts and file is not None:
-            raise ValueError("predict: texts and --file came; one of them would be right")
         records = _records(texts or [], file, input_format)
         if (first := next(records, None)) is None:
             raise ValueError("predict: no text came; write texts behind the folder, name a --file, or pipe")
@@ -62,16 +60,13 @@ def _records(texts: list[str], file: Path | None, form: str | None) -> Iterator[
     """Every record and where it stands; a plain text's only column is "text"."""
     from ..tasks import readers
 
-    if file is None and texts and texts != ["-"]:
-        yield from ((f"text {number}", {"text": text}) for number, text in enumerate(texts, 1))
-        return
-    if file is None and not texts and sys.stdin.isatty():
-        return
-    if file is None:
-        name, found = "standard input", readers.of_stream("standard input", sys.stdin.buffer, form or "text")
-    else:
-        name, found = file.name, readers.numbered(file, form or SUFFIXES.get(file.suffix))
-    yield from ((f"{name}, {place}", record) for place, record in found)
+    yield from ((f"text {number}", {"text": text}) for number, text in enumerate(texts, 1) if text != "-")
+    if file is not None:
+        found = readers.numbered(file, form or SUFFIXES.get(file.suffix))
+        yield from ((f"{file.name}, {place}", record) for place, record in found)
+    if "-" in texts or not (texts or file or sys.stdin.isatty()):
+        found = readers.of_stream("standard input", sys.stdin.buffer, form or "text")
+        yield from ((f"standard input, {place}", record) for place, record in found)
 
 
 @contextlib.contextmanager

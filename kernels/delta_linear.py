@@ -4,7 +4,7 @@
     waist.py                    how segments lie side by side
     tiles.py                    sizes of tiles
     delta_linear_products.py    the kernels of h, y and dx
-    delta_linear_gradients.py   the kernels of dh, db, da and dg
+    delta_linear_gradients.py   the kernels of dh, db, da and dg, and of dx, dz and db in one
 
 Sums that several programs share are left in parts and added in a fixed order, never by atomics: same input,
 same bits. Not yet run or timed on a GPU: tests/ladder says what was shown without one, and runs there too.
@@ -160,7 +160,7 @@ def _forward(x, w, bias, gain, ids, seed, tensors, scales, activations, rates, a
     kept = (z if z.numel() else None, u if keep_u else None)
     with torch.cuda.device_of(x):
         if form == "whole":
-            _launch_whole(x, w, a, b, c, None, ids, gain, bias, h, *kept, y, layout, seed, back=False)
+            _launch_whole(x, w, a, b, c, ids, gain, bias, h, *kept, y, layout)
             return y, h, z, u
         if layout.computed:
             _launch_waist(x, a, c, ids, h, kept[0], layout, seed)
@@ -197,15 +197,13 @@ def _backward(
     with torch.cuda.device_of(dy):
         whole = form == "whole" and through
         if whole:
-            _launch_whole(
-                dy, w.t(), b.t(), a.t(), None, gain, ids, None, None, dz, z, None, dx, layout, seed, True
-            )
-        if wants_up or (below and not whole):
-            found = _launch_narrow(dy, b, gain, h, layout, below and not whole, wants_up)
-            if below and not whole:
-                _launch_finish(found[0], z, ids, dz, layout)
-            if wants_up:
-                db = found[1].sum(0)
+            parts_of_b = _launch_back(dy, w, a, b, gain, ids, h, z, dz, dx, layout, seed, wants_up)
+        elif below or wants_up:
+            parts_of_h, parts_of_b = _launch_narrow(dy, b, gain, h, layout, below, wants_up)
+            if below:
+                _launch_finish(parts_of_h, z, ids, dz, layout)
+        if wants_up:
+            db = parts_of_b.sum(0)
         if need_x and not whole:
             _into_x(dy, w, gain, dz, a, dx, layout, seed, form == "library")
         if wants_a:
@@ -245,15 +243,32 @@ def _launch_product(x, w, inner, h, b, scale, gain, bias, u, y, layout, seed, ba
     )  # fmt: skip
 
 
-def _launch_whole(x, w, a, b, c, inner, ids, gain, bias, h, z, u, y, layout, seed, back):
+def _launch_whole(x, w, a, b, c, ids, gain, bias, h, z, u, y, layout):
     (m, k), n = x.shape, w.shape[0]
     block = tiles.whole(m, x.dtype, layout.width)
     products.whole[(triton.cdiv(m, block["BLOCK_M"]) * triton.cdiv(n, block["BLOCK_N"]),)](
-        x, w, a, b, c, inner, ids, layout.adapter, layout.kind, layout.scale, layout.tile, layout.keep, gain,
-        bias, h, z, u, y, m, n, k, layout.total, *x.stride(), *w.stride(), *a.stride(), *b.stride(),
-        _number(seed), USED=layout.kinds, EVERY=EVERY, BACK=back, DROPOUT=back and layout.drops,
+        x, w, a, b, c, ids, layout.adapter, layout.kind, layout.scale, gain, bias, h, z, u, y, m, n, k,
+        layout.total, *x.stride(), *w.stride(), *a.stride(), *b.stride(), USED=layout.kinds, EVERY=EVERY,
         **_numbers(x, w, a, b, y), BLOCK_R=max(16, triton.next_power_of_2(layout.total)), **block,
     )  # fmt: skip
+
+
+def _launch_back(dy, w, a, b, gain, ids, h, z, dz, dx, layout, seed, up_too):
+    """dz and dx; the parts of db [strips, R, N]."""
+    (m, n), k, r = dy.shape, w.shape[1], layout.total
+    block = tiles.back(m, dy.dtype, layout.width)
+    columns = triton.cdiv(k, block["BLOCK_K"])
+    # a strip of several tiles leaves fewer parts of db; 512 programs are waves enough for a large GPU
+    strips, rows = tiles.strips(m, columns, block["BLOCK_M"], 512)
+    share = triton.cdiv(triton.cdiv(n, columns), block["BLOCK_U"]) * block["BLOCK_U"]
+    db = torch.empty((strips, r, n) if up_too else 0, device=dy.device)
+    gradients.back[(strips * columns,)](
+        dy, w, a, b, gain, ids, layout.adapter, layout.kind, layout.scale, layout.tile, layout.keep, h, z, dz,
+        dx, db, m, n, k, r, rows, strips, share, *dy.stride(), *w.stride(), *a.stride(), *b.stride(),
+        _number(seed), USED=layout.kinds, EVERY=EVERY, UP=up_too, DROPOUT=layout.drops,
+        **_numbers(dy, w, a, b, h, dx), BLOCK_R=max(16, triton.next_power_of_2(r)), **block,
+    )  # fmt: skip
+    return db
 
 
 def _launch_narrow(dy, b, gain, h, layout, down_too, up_too):

@@ -1,15 +1,15 @@
-"""delta_linear's products in Triton, for both directions. Names: pefast/ops/delta_linear.py; slots: waist.py.
+"""delta_linear's products in Triton. Names: pefast/ops/delta_linear.py; slots: waist.py.
 
     waist       h = σ(x̂ aᵀ + c)                   of the rows that a slot belongs to
     product     y = Σ s·h bᵀ + x wᵀ               the waist's part first, then one walk along K
                 dx = Σ mask ⊙ (dz a)/(1-p) + du w
-    whole       h and y, or dz and dx, of one walk along K; every column of tiles makes the waist again
+    whole       h and y of one walk along K; every column of tiles makes the waist again
 
 x̂ is made in registers from the seed and never stored. Rows and slots count as 64-bit numbers.
 """
 
 from . import tl, triton
-from .activations import activate_slots, slope_slots
+from .activations import activate_slots
 from .dropout import dropped, keep_tile
 
 _RUN_TIME = ["M", "N", "R", "seed", "tiles"]
@@ -274,17 +274,14 @@ def whole(
     a_ptr,  # [R, K]
     b_ptr,  # [N, R]
     c_ptr,  # [R]  fp32, or None
-    inner_ptr,  # [K]  a gain on x, or None
     ids_ptr,  # [M]  int64, or None
     adapter_ptr,  # [R]  int64, or None
     kind_ptr,  # [R]  int32, or None
     scale_ptr,  # [R]  fp32
-    tile_ptr,  # [1, 4]  int32
-    keep_ptr,  # [1]  fp32
     gain_ptr,  # [N], or None
     bias_ptr,  # [N], or None
-    h_ptr,  # [M, R]  contiguous; dz on the way back
-    z_ptr,  # [M, R]  contiguous, or None; read on the way back
+    h_ptr,  # [M, R]  contiguous
+    z_ptr,  # [M, R]  contiguous, or None
     u_ptr,  # [M, N]  contiguous, or None
     y_ptr,  # [M, N]  contiguous
     M,
@@ -299,20 +296,17 @@ def whole(
     stride_ak,
     stride_bn,
     stride_br,
-    seed: tl.int64,
     USED: tl.constexpr,
     EVERY: tl.constexpr,
-    BACK: tl.constexpr,  # dx of du, in place of y of x
-    DROPOUT: tl.constexpr,  # on the way back, where one mask serves a tile
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # a multiple of 128 where DROPOUT
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One tile of y or dx, and its waist of the same walk along K."""
+    """One tile of y, and its waist of the same walk along K."""
     pid_m, pid_n = swizzled(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -336,9 +330,6 @@ def whole(
         x = tl.load(x_first + x_offs, mask_m & mask_k[None, :], other=0.0)
         w_t = tl.load(w_first + w_offs, mask_k[:, None] & mask_n, other=0.0)
         a_t = tl.load(a_ptr + a_offs, mask_k[:, None] & mask_r[None, :], other=0.0).to(x.dtype)
-        if inner_ptr is not None:
-            gain = tl.load(inner_ptr + k + offs_k, mask_k, other=0.0).to(tl.float32)
-            x = (x.to(tl.float32) * gain[None, :]).to(x.dtype)
         y = tl.dot(x, w_t, y, input_precision=PRECISION)
         z = tl.dot(x, a_t, z, input_precision=PRECISION)
         x_first += tl.cast(BLOCK_K, tl.int64) * stride_xk
@@ -352,35 +343,22 @@ def whole(
     scale = tl.load(scale_ptr + offs_r, mask_r, other=0.0)[None, :]
     out = offs_m[:, None] * R + offs_r[None, :]
     mask_out = mask_m & mask_r[None, :]
-    if BACK:
-        h = z * scale
-        if z_ptr is not None:
-            z = tl.load(z_ptr + out, mask_out, other=0.0).to(tl.float32)
-            h *= slope_slots(z, kind, USED)
-    else:
-        if c_ptr is not None:
-            z += tl.load(c_ptr + offs_r, mask_r, other=0.0)[None, :]
-        if z_ptr is not None:
-            if pid_n == 0:
-                tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask_out)
-        h = activate_slots(z, kind, USED)
+    if c_ptr is not None:
+        z += tl.load(c_ptr + offs_r, mask_r, other=0.0)[None, :]
+    if z_ptr is not None:
+        if pid_n == 0:
+            tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask_out)
+    h = activate_slots(z, kind, USED)
     if ids_ptr is not None:
         h = tl.where(own_rows(ids_ptr, adapter_ptr, offs_m, offs_r, M, R, EVERY), h, 0.0)
     h = h.to(h_ptr.dtype.element_ty)
     # every column of tiles has made the same waist; the first stores it
     if pid_n == 0:
         tl.store(h_ptr + out, h, mask_out)
-    if not BACK:
-        h = (h.to(tl.float32) * scale).to(h.dtype)
+    h = (h.to(tl.float32) * scale).to(h.dtype)
 
     b_ptrs = b_ptr + offs_n[None, :] * stride_bn + offs_r[:, None].to(tl.int64) * stride_br
     b_t = tl.load(b_ptrs, mask_r[:, None] & mask_n, other=0.0).to(h.dtype)
-    if DROPOUT:
-        through = tl.dot(h, b_t, input_precision=PRECISION)
-        threshold, stream = tl.load(tile_ptr + 3), tl.load(tile_ptr + 2)
-        keep = keep_tile(offs_m, pid_n * BLOCK_N, threshold, seed, stream, BLOCK_M, BLOCK_N)
-        y += dropped(through, keep, tl.load(keep_ptr))
-    else:
-        y = tl.dot(h, b_t, y, input_precision=PRECISION)
+    y = tl.dot(h, b_t, y, input_precision=PRECISION)
 
     _put(y, u_ptr, gain_ptr, bias_ptr, y_ptr, first, offs_n, near_m, near_n, mask_m & mask_n, N)

@@ -2,7 +2,8 @@
 
     seconds of a launch = max(FLOP / peak, bytes / bandwidth, integer operations / their rate) + gap
 
-    whole    one launch: every column of tiles makes the waist again, R/BLOCK_N extra arithmetic
+    whole    one launch: every column of tiles makes the waist again, R/BLOCK_N extra arithmetic; on the way
+             back db is made of the same read of dy
     split    the waist first, then one product that begins with it
     library  the vendor's product, then the waist's part added to its result: y is read and written once more
 
@@ -101,22 +102,23 @@ def backward(form: str, s: Shape) -> list[Launch]:
     """The launches of dx, da and db. A form of dx; da and db are made alike."""
     drawn = PHILOX * s.m * s.k if s.dropout else 0
     base, into_x = 2 * s.m * s.n * s.k, 2 * s.m * s.k * s.r
-    h, parts = s.bytes("mr"), narrow_parts(s)
+    h = s.bytes("mr")
     of_a = _kept(down_parts(s))
     down = [
         Launch("parts of da", 2 * s.m * s.k * s.r, s.bytes("mk") + h, of_a, drawn),
         Launch("da", 0, of_a, s.bytes("rk")),
     ]
     if form == "whole":
-        again = 2 * s.m * s.n * s.r * -(-s.k // BLOCK_N)
-        read = s.bytes("mn", "nk", "rk", "nr")
-        up = [
-            Launch("parts of db", 2 * s.m * s.n * s.r, s.bytes("mn") + h, 0),
-            Launch("db", 0, 0, s.bytes("nr")),
-        ]
-        return [Launch("whole", base + again + into_x, read, s.bytes("mk") + h, drawn, FUSED), *down, *up]
-    both = Launch("dh and db", 4 * s.m * s.n * s.r, s.bytes("mn", "nr") + h, _kept(parts))
-    finish = [Launch("dz", 0, _kept(parts), _kept(h)), Launch("db", 0, 0, s.bytes("nr"))]
+        again, of_b = 2 * s.m * s.n * s.r * -(-s.k // BLOCK_N), _kept(back_parts(s))
+        read, written = s.bytes("mn", "nk", "rk", "nr") + h, s.bytes("mk") + h + of_b
+        flops = base + again + into_x + 2 * s.m * s.n * s.r
+        db = Launch("db", 0, of_b, s.bytes("nr"))
+        return [Launch("back", flops, read, written, drawn, FUSED), db, *down]
+    of_h, of_b = narrow_parts(s)
+    # what is kept in the cache is kept together
+    of_h, of_b = (part if _kept(of_h + of_b) else 0.0 for part in (of_h, of_b))
+    both = Launch("dh and db", 4 * s.m * s.n * s.r, s.bytes("mn", "nr") + h, of_h + of_b)
+    finish = [Launch("dz", 0, of_h, _kept(h)), Launch("db", 0, of_b, s.bytes("nr"))]
     if form == "split":
         read = s.bytes("mn", "nk", "rk") + _kept(h)
         return [both, *finish, Launch("dx", base + into_x, read, s.bytes("mk"), drawn, FUSED), *down]
@@ -129,11 +131,16 @@ def backward(form: str, s: Shape) -> list[Launch]:
     ]
 
 
-def narrow_parts(s: Shape) -> float:
-    """Bytes of the parts of dh and db that blocks of 256 columns and about 128 strips leave, in fp32."""
+def back_parts(s: Shape) -> float:
+    """Bytes of the parts of db that the strips of about 512 programs leave, in fp32."""
+    return 4.0 * s.r * s.n * max(1, min(512 // -(-s.k // BLOCK_N), -(-s.m // 64)))
+
+
+def narrow_parts(s: Shape) -> tuple[float, float]:
+    """Bytes of the parts of dh and of db that blocks of 256 columns and about 128 strips leave, in fp32."""
     columns = -(-s.n // 256)
     strips = max(1, min(128 // columns, -(-s.m // 64)))
-    return 4.0 * s.r * (columns * s.m + strips * s.n)
+    return 4.0 * s.r * columns * s.m, 4.0 * s.r * strips * s.n
 
 
 def down_parts(s: Shape) -> float:

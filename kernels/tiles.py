@@ -35,7 +35,7 @@ def product(m: int, dtype, slots: int, several: bool) -> dict:
 
 
 def whole(m: int, dtype, slots: int) -> dict:
-    """Of y or dx with the waist beside it."""
+    """Of y with the waist beside it."""
     rows = 16 if m <= 16 else 64
     if dtype == torch.float32:
         return _sizes(8, 2, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
@@ -58,6 +58,14 @@ def decode_strips(n: int, k: int, dtype) -> tuple[int, int]:
     count = max(1, min(256 // max(1, columns), k // 256))
     width = triton.cdiv(triton.cdiv(k, count), block["BLOCK_K"]) * block["BLOCK_K"]
     return triton.cdiv(k, width), width
+
+
+def back(m: int, dtype, slots: int) -> dict:
+    """Of dx with dz beside it, and BLOCK_U columns of db behind."""
+    if dtype == torch.float32:
+        return _sizes(8, 2, BLOCK_M=16 if m <= 16 else 64, BLOCK_K=128, BLOCK_N=32, BLOCK_U=32, GROUP_M=8)
+    rows = 64 if slots <= 16 else 16 if slots <= 32 else 32
+    return _sizes(8, 3, BLOCK_M=rows, BLOCK_K=128, BLOCK_N=32, BLOCK_U=64, GROUP_M=8)
 
 
 def narrow(dtype, slots: int) -> dict:

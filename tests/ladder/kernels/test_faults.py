@@ -228,8 +228,8 @@ FAULTS = {
         "split",
         lora,
         GRADIENTS,
-        "dz *= tl.load(scale_ptr",
-        "dz *= 1.02 * tl.load(scale_ptr",
+        "dz = dh * scale[None, :]",
+        "dz = dh * (1.02 * scale[None, :])",
     ),
     "scale 2 % wrong": (
         "numbers",

@@ -21,8 +21,6 @@ def refuse(call) -> str:
     """Why these kernels cannot run this call, or ""."""
     if why := why_not_here(call.q):
         return why.replace("x is", "q is")
-    if torch.version.hip:
-        return "is for NVIDIA's GPUs: triton's AMD compiler fails on a tile with addresses in two tensors"
     if call.q.shape[3] > MOST_D:
         return f"takes heads up to {MOST_D} wide, these have {call.q.shape[3]}"
     for tensor in call[1:6]:
@@ -65,7 +63,8 @@ def _forward(q, k, v, prefix_k, prefix_v, mask, causal, scale, p, seed):
     with torch.cuda.device_of(q):
         kernels.attend[(triton.cdiv(l, block["BLOCK_L"]) * h * b,)](
             *tensors, mask, o, lse, *_sizes(*tensors), *_strides(*tensors), *mask_strides, *o.stride()[:3],
-            scale, *_numbers(p, seed), CAUSAL=causal, DROPOUT=p > 0, PRECISION=_precision(q), **block,
+            scale, *_numbers(p, seed), CAUSAL=causal, ALIGNED=_aligned(tensors), DROPOUT=p > 0,
+            PRECISION=_precision(q), **block,
         )  # fmt: skip
     return o, lse
 
@@ -87,7 +86,7 @@ def _backward(do, o, lse, q, k, v, prefix_k, prefix_v, mask, causal, scale, p, s
     block, by_keys = tiles.attention(q.dtype, d, p > 0, 1), tiles.attention_keys(q.dtype, d, p > 0)
     settings = (scale, *_numbers(p, seed))
     sizes, strides = _sizes(*tensors), _strides(*tensors)
-    flags = {"CAUSAL": causal, "DROPOUT": p > 0, "PRECISION": _precision(q)}
+    flags = {"CAUSAL": causal, "ALIGNED": _aligned(tensors), "DROPOUT": p > 0, "PRECISION": _precision(q)}
     with torch.cuda.device_of(q):
         kernels.towards_q[(triton.cdiv(l, block["BLOCK_L"]) * h * b,)](
             *tensors, mask, o, do, lse, dots, dq, *sizes, *strides, *mask_strides, *o.stride()[:3],
@@ -136,6 +135,12 @@ def _mask(mask: Tensor | None, b: int, l: int) -> tuple[Tensor | None, tuple[int
 
 def _numbers(p: float, seed: Tensor | None) -> tuple[int, float, int]:
     return (*mask_numbers(p), int(seed)) if p else (0, 1.0, 0)
+
+
+def _aligned(tensors) -> bool:
+    """Whether every row begins a multiple of eight numbers after memory's first."""
+    starts = [(t.data_ptr() // t.element_size(), *t.stride()[:3]) for t in tensors]
+    return all(number % 8 == 0 for start in starts for number in start)
 
 
 def _precision(q: Tensor) -> str:

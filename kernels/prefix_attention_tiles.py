@@ -15,10 +15,17 @@ _RUN_TIME = ["L", "S", "P", "seed", "threshold"]
 
 
 @triton.jit
-def _key_rows(t_ptr, prefix_ptr, offs_c, P, stride_t, stride_p):
-    """Addresses of the first number of each key: of the prefix below P, then of the sequence."""
-    of_prefix = prefix_ptr + offs_c.to(tl.int64) * stride_p
-    return tl.where(offs_c < P, of_prefix, t_ptr + (offs_c - P).to(tl.int64) * stride_t)
+def _key_rows(t_ptr, prefix_ptr, offs_c, P, stride_t, stride_p, ALIGNED: tl.constexpr):
+    """Addresses of the first number of each key: of the prefix below P, then of the sequence.
+
+    All counted from the sequence: triton's AMD compiler fails on a tile with addresses in two tensors.
+    """
+    apart = (prefix_ptr.to(tl.int64) - t_ptr.to(tl.int64)) // (t_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    # what a difference says about alignment, the compiler cannot see
+    if ALIGNED:
+        apart = tl.multiple_of(apart, 8)
+    of_prefix = apart + offs_c.to(tl.int64) * stride_p
+    return t_ptr + tl.where(offs_c < P, of_prefix, (offs_c - P).to(tl.int64) * stride_t)
 
 
 @triton.jit
@@ -76,6 +83,7 @@ def attend(
     keep_scale: tl.float32,
     seed: tl.int64,
     CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every row begins at a multiple of eight numbers
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -109,12 +117,14 @@ def attend(
         offs_c = c + tl.arange(0, BLOCK_C)
         mask_c = (offs_c < P + S)[:, None] & mask_d
         k = tl.load(
-            _key_rows(k_first, pk_first, offs_c, P, stride_ks, stride_pkp)[:, None] + offs_d[None, :],
+            _key_rows(k_first, pk_first, offs_c, P, stride_ks, stride_pkp, ALIGNED)[:, None]
+            + offs_d[None, :],
             mask_c,
             other=0.0,
         )
         v = tl.load(
-            _key_rows(v_first, pv_first, offs_c, P, stride_vs, stride_pvp)[:, None] + offs_d[None, :],
+            _key_rows(v_first, pv_first, offs_c, P, stride_vs, stride_pvp, ALIGNED)[:, None]
+            + offs_d[None, :],
             mask_c,
             other=0.0,
         )
@@ -171,6 +181,7 @@ def towards_q(
     keep_scale: tl.float32,
     seed: tl.int64,
     CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -207,12 +218,14 @@ def towards_q(
         offs_c = c + tl.arange(0, BLOCK_C)
         mask_c = (offs_c < P + S)[:, None] & mask_d
         k = tl.load(
-            _key_rows(k_first, pk_first, offs_c, P, stride_ks, stride_pkp)[:, None] + offs_d[None, :],
+            _key_rows(k_first, pk_first, offs_c, P, stride_ks, stride_pkp, ALIGNED)[:, None]
+            + offs_d[None, :],
             mask_c,
             other=0.0,
         )
         v = tl.load(
-            _key_rows(v_first, pv_first, offs_c, P, stride_vs, stride_pvp)[:, None] + offs_d[None, :],
+            _key_rows(v_first, pv_first, offs_c, P, stride_vs, stride_pvp, ALIGNED)[:, None]
+            + offs_d[None, :],
             mask_c,
             other=0.0,
         )
@@ -259,6 +272,7 @@ def towards_keys(
     keep_scale: tl.float32,
     seed: tl.int64,
     CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -282,12 +296,12 @@ def towards_keys(
         pv_ptr + b * stride_pvb + g.to(tl.int64) * stride_pvg,
     )
     k = tl.load(
-        _key_rows(k_first, pk_first, offs_c, P, stride_ks, stride_pkp)[:, None] + offs_d[None, :],
+        _key_rows(k_first, pk_first, offs_c, P, stride_ks, stride_pkp, ALIGNED)[:, None] + offs_d[None, :],
         mask_c,
         other=0.0,
     )
     v = tl.load(
-        _key_rows(v_first, pv_first, offs_c, P, stride_vs, stride_pvp)[:, None] + offs_d[None, :],
+        _key_rows(v_first, pv_first, offs_c, P, stride_vs, stride_pvp, ALIGNED)[:, None] + offs_d[None, :],
         mask_c,
         other=0.0,
     )

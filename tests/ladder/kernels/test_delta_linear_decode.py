@@ -1,6 +1,5 @@
 """A decoding step in Triton, on a GPU or in the interpreter: no worse than PyTorch, whoever each row asks."""
 
-
 import pytest
 import torch
 from pefast.kernels import delta_linear_decode

@@ -1,11 +1,10 @@
-"""partial_linear in Triton, on a GPU or in the interpreter: the gradient of chosen entries, no worse than PyTorch."""
+"""partial_linear in Triton, on a GPU or in the interpreter: the gradient of chosen entries."""
 
 import pytest
 import torch
-from pefast.kernels import tiles
 
 from pefast.ops import Index, partial_linear
-from pefast.ops.partial_linear import OP, Call, reference, take
+from pefast.ops.partial_linear import OP, reference, take
 from pefast.testing import assert_no_worse
 
 hand = OP.hands["triton"]

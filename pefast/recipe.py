@@ -35,6 +35,8 @@ class Source:
     test_rows: int | None = None  # held out: 1000 of the source, or all of test_source
     valid_rows: int = 0
     seed: int = 0  # of the split, apart from the training's seed so that runs stay comparable
+    stratified: bool = True  # split so that every part has a classification's labels in like shares
+    streaming: bool = False  # read while training, for rows that do not fit in memory
 
 
 @dataclass
@@ -337,10 +339,28 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.search is not None:
         _check_search(recipe)
+    if recipe.data.streaming:
+        _check_streaming(recipe)
     if recipe.training.patience and not (recipe.data.valid_rows or recipe.data.valid_source):
         raise ValueError(
             "training.patience: there are no rows to choose by; data.valid_rows=200 holds some out"
         )
+
+
+def _check_streaming(recipe: Recipe) -> None:
+    data, said = recipe.data, None
+    if recipe.training.max_steps is None:
+        said = "a stream has no end; training.max_steps=1000 says when to stop"
+    elif data.test_source is None or data.valid_rows:
+        said = "nothing is split off a stream; data.test_source and data.valid_source name files of their own"
+    elif recipe.training.evaluate_every is None and data.valid_source is not None:
+        said = (
+            "a stream has no epochs; training.evaluate_every=100 says when to look at the rows to choose by"
+        )
+    elif recipe.search is not None and recipe.search.folds:
+        said = "a stream has no folds; search.folds=0 and data.valid_source would be right"
+    if said:
+        raise ValueError(f"data.streaming: {said}")
 
 
 def _check_search(recipe: Recipe) -> None:

@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 import pefast
 
-from . import claim, tasks
+from . import claim, sources, tasks
 from . import recipe as recipes
 from .progress import Watcher
 from .recipe import Recipe
-from .tasks import carried, rows
+from .tasks import carried
 from .tasks.rows import Row
 from .trainer import ADAPTER, AdapterTrainer, Every, Interrupt, newest
 
@@ -41,6 +41,7 @@ class Run:
     train: list[Row]
     valid: list[Row]
     test: list[Row]
+    stream: sources.Stream | None = None  # of which `train` holds the first rows only
 
     @property
     def names(self) -> dict[str, str]:
@@ -56,9 +57,12 @@ def prepare(recipe: Recipe) -> Run:
     """Reads the rows, splits them, and loads the base model with a fresh head; nothing is attached yet."""
     _settle(recipe)
     task = tasks.find(recipe.task)
-    train, valid, test = _rows(recipe, task)
+    train, valid, test = sources.parts(recipe)
     recipe.data.names = task.names(train + valid + test, recipe.data.names)
-    return Run(recipe, task, *_model(recipe, task), train, valid, test)
+    run = Run(recipe, task, *_model(recipe, task), train, valid, test)
+    if recipe.data.streaming:
+        run.stream = sources.Stream(recipe, run.tokenizer, valid + test)
+    return run
 
 
 def attach(run: Run) -> None:
@@ -98,7 +102,7 @@ def restore(folder: str | Path, with_rows: bool = True) -> Run:
     recipe = recipes.read(folder / RECIPE)
     _settle(recipe)
     task = tasks.find(recipe.task)
-    parts = _rows(recipe, task) if with_rows else ([], [], [])
+    parts = sources.parts(recipe) if with_rows else ([], [], [])
     run = Run(recipe, task, *_model(recipe, task), *parts)
     pefast.load(run.model, folder / ADAPTER)
     _accelerate(run, recipe.training.accelerate)
@@ -153,7 +157,8 @@ def _trainer(run: Run, watcher: Watcher, folder: Path, interrupt: Interrupt) -> 
         run.model,
         _arguments(run, folder),
         data_collator=run.task.collator(run.tokenizer, run.model),
-        train_dataset=run.task.encode(run.train, run.tokenizer, run.names, wanted.max_length),
+        train_dataset=run.stream
+        or run.task.encode(run.train, run.tokenizer, run.names, wanted.max_length),
         # the Trainer wants to see rows; `judge` is what looks at them
         eval_dataset=run.valid or None,
         processing_class=run.tokenizer,
@@ -293,40 +298,11 @@ def _settle(recipe: Recipe) -> None:
         torch.set_num_threads(recipe.training.threads)
 
 
-def read_rows(recipe: Recipe, source: str | Path) -> list[Row]:
-    """The rows of one source, as the recipe's task and columns want them."""
-    task = tasks.find(recipe.task)
-    given = recipe.data.columns or {}
-    if unknown := sorted(set(given) - set(task.ROLES)):
-        raise ValueError(
-            f"data.columns: {recipe.task} has no {unknown[0]!r}; its roles are {', '.join(task.ROLES)}"
-        )
-    columns = {role: column for role, column in (task.ROLES | given).items() if column is not None}
-    return rows.read(carried.resolve(str(source)), columns, recipe.data.where, recipe.data.derive)
-
-
-def _rows(recipe: Recipe, task: ModuleType) -> tuple[list[Row], list[Row], list[Row]]:
-    """To train on, to choose by, and held out to the end."""
-    data = recipe.data
-    train, valid = read_rows(recipe, data.source), []
-    if data.test_source is None:
-        train, test = rows.split(train, 1000 if data.test_rows is None else data.test_rows, data.seed)
-    else:
-        test = read_rows(recipe, data.test_source)[: data.test_rows]
-        train = rows.without(train, test)
-        random.Random(data.seed).shuffle(train)
-    if data.valid_source is not None:
-        valid = rows.without(read_rows(recipe, data.valid_source), test)
-        train = rows.without(train, valid)
-    elif data.valid_rows:
-        train, valid = rows.split(train, data.valid_rows, data.seed)
-    return train[: data.train_rows], valid, test
-
-
 def _model(recipe: Recipe, task: ModuleType) -> tuple[PreTrainedTokenizerBase, nn.Module]:
     folder = carried.resolve(recipe.model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model = task.model(folder, recipe.data.names, getattr(torch, recipe.training.dtype))
+    sources.check_length(recipe, model)
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -21,7 +21,7 @@ FLOORS = (
     ("search",),
     ("selection", "pictures", "predicting"),
     ("training", "doctor", "roofline"),
-    ("claim",),
+    ("claim", "sources"),
     ("recipe", "trainer"),
     ("progress", "gauges", "sharded_trainer"),
     ("tasks",),

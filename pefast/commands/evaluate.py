@@ -14,10 +14,10 @@ def evaluate(
 ) -> None:
     """Score a trained run on its held-out rows, or on a file."""
     with in_words():
-        from .. import training
+        from .. import sources, training
 
         restored = training.restore(run, with_rows=source is None)
         if source is not None:
-            restored.test = training.read_rows(restored.recipe, source)
+            restored.test = sources.read(restored.recipe, source)
         metrics = training.score(restored)[1]
         table(f"{len(restored.test):,} rows", ("", "score"), list(metrics.items()))

@@ -44,7 +44,7 @@ def train(
 
 
 def _train(wanted, resume: bool) -> None:
-    from .. import training
+    from .. import sources, training
     from ..progress import Watcher
 
     run = training.prepare(wanted)
@@ -54,6 +54,8 @@ def _train(wanted, resume: bool) -> None:
         f"{len(run.train):,} rows to learn from, {len(run.test):,} held out; "
         f"{count:,} of {total:,} parameters train"
     )
+    for remark in sources.remarks(run.recipe, run.tokenizer, run.train, run.test):
+        console.print(remark, markup=False, soft_wrap=True)
     before = training.score(run)[1]
     try:
         fitted = training.fit(run, Watcher(console), resume)

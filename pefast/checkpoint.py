@@ -12,26 +12,31 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pefast import __version__
+from pefast.adapter_files import (
+    CONFIG,
+    HEAD,
+    LABELS,
+    MANIFEST,
+    PEFT_TYPES,
+    RESUME,
+    TENSORS,
+    Folder,
+    Part,
+    head_prefix,
+    own_names,
+    read,
+    read_json,
+)
 from pefast.methods import METHODS
 from pefast.model import activate, attach, attached, detach, head_tensors
+from pefast.sharded import fill, whole
 
-MANIFEST, CONFIG, TENSORS, HEAD, RESUME = (
-    "pefast.json",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "head.safetensors",
-    "resume.safetensors",
-)
-LABELS = "head_labels"
-_PEFT_TYPES = {peft_type: kind for kind, method in METHODS.items() for peft_type in method.peft_types}
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -46,11 +51,19 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -
     """Writes one adapter, with its task head, to a folder; see folders.save for what the user is told."""
     state = attached(model, "save")
     name = _one_adapter(state, name)
-    methods = state.adapters[name]
     # a link stays a link: what it points to is replaced
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save: {folder} is a file; a folder, or a new name, would be right")
+    with whole(model, without=state.own) as writes:
+        if writes:
+            _write(model, folder, name)
+    return folder
+
+
+def _write(model: nn.Module, folder: Path, name: str) -> None:
+    state = attached(model, "save")
+    methods = state.adapters[name]
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -70,7 +83,6 @@ def save(model: nn.Module, folder: str | os.PathLike, name: str | None = None) -
         move_into_place(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return folder
 
 
 def _one_adapter(state, name: str | None) -> str:
@@ -103,7 +115,7 @@ def _write_method(model: nn.Module, folder: Path, name: str, key: str, with_head
             "parent_library": type(model).__module__,
         }
     if head:
-        prefix = _head_prefix(method)
+        prefix = head_prefix(method)
         tensors = tensors | {prefix + path: tensor for path, tensor in head.items()}
         config["modules_to_save"] = sorted({path.split(".")[0] for path in head})
         config |= _own_labels(attached(model, "save"), name)
@@ -117,11 +129,6 @@ def _own_labels(state, name: str) -> dict[str, int]:
     """What a file says of a head with another number of labels than the model's."""
     own = state.labels.get(name)
     return {LABELS: own} if own != state.labels.get(None) else {}
-
-
-def _head_prefix(method) -> str:
-    # PEFT puts one level less before the head of a prompt-learning checkpoint
-    return "base_model." if method.prompt_learning else "base_model.model."
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,7 +152,7 @@ def move_into_place(part: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(part, folder)
         return
-    others = {path.name for path in folder.iterdir()} - _own_names(folder) - _own_names(part)
+    others = {path.name for path in folder.iterdir()} - own_names(folder) - own_names(part)
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
     was = old / "was"
     moves = [(folder, was), (part, folder), *((was / name, folder / name) for name in others)]
@@ -162,20 +169,12 @@ def move_into_place(part: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def _own_names(folder: Path) -> set[str]:
-    """Names in an adapter's folder that are the adapter's own."""
-    names = {MANIFEST, CONFIG, TENSORS, HEAD, RESUME}
-    if several := adapters_of(folder):
-        return names | set(several)
-    return names | set(_read_manifest(folder).methods if (folder / MANIFEST).exists() else ())
-
-
 def load(
     model: nn.Module, folder: str | os.PathLike, name: str = "default", *, trainable: bool = True
 ) -> nn.Module:
     """Attaches the adapter that a folder of one holds; see folders.load for what the user is told."""
     folder = Path(folder)
-    parts = _read(folder, trainable)
+    parts = read(folder, trainable)
     methods = [_method(part, model, folder) for part in parts.methods]
     before = model._pefast.router.active if hasattr(model, "_pefast") else None
     rng = torch.get_rng_state()
@@ -191,7 +190,7 @@ def load(
         raise
     with torch.no_grad():
         for parameter, value in pairs:
-            parameter.copy_(value)
+            fill(parameter, value)
     if not trainable:
         attached(model, "load").frozen.add(name)
     return activate(model, name)
@@ -202,13 +201,13 @@ def refill(model: nn.Module, folder: str | os.PathLike, name: str = "default") -
 
     Raises FileNotFoundError or ValueError as `load` does, before anything changes.
     """
-    pairs = _pair(model, name, _read(Path(folder), trainable=True), Path(folder))
+    pairs = _pair(model, name, read(Path(folder), trainable=True), Path(folder))
     with torch.no_grad():
         for parameter, value in pairs:
-            parameter.copy_(value)
+            fill(parameter, value)
 
 
-def _method(part: "_Part", model: nn.Module, folder: Path):
+def _method(part: Part, model: nn.Module, folder: Path):
     """A method with the settings of its file, checked alone and against the model."""
     try:
         method = METHODS[part.kind].from_config(part.config, part.tensors)
@@ -224,101 +223,13 @@ def _method(part: "_Part", model: nn.Module, folder: Path):
     return method
 
 
-class _Part(NamedTuple):
-    """One method's files."""
-
-    kind: str
-    config: dict
-    tensors: dict[str, Tensor]
-    resume: dict[str, Tensor]
-
-
-class _Manifest(NamedTuple):
-    """What pefast.json says: the methods' folders, whether there is a head, and its own number of labels."""
-
-    methods: list[str]
-    head: bool
-    labels: int
-
-
-class _Folder(NamedTuple):
-    """What an adapter folder holds: its methods, and its head's tensors by their path in the base model."""
-
-    methods: list[_Part]
-    head: dict[str, Tensor]
-    labels: int  # where the head has another number than the model; otherwise 0
-
-
-def _read(folder: Path, trainable: bool) -> _Folder:
-    if (folder / MANIFEST).exists():
-        manifest = _read_manifest(folder)
-        methods = [_read_method(folder / key, trainable) for key in manifest.methods]
-        return _Folder(methods, _read_tensors(folder / HEAD) if manifest.head else {}, manifest.labels)
-    part = _read_method(folder, trainable)
-    owns = METHODS[part.kind].owns
-    own = {key: tensor for key, tensor in part.tensors.items() if owns(key)}
-    prefix = _head_prefix(METHODS[part.kind])
-    head = {key.removeprefix(prefix): tensor for key, tensor in part.tensors.items() if not owns(key)}
-    return _Folder([part._replace(tensors=own)], head, _count(part.config, folder / CONFIG))
-
-
-def _read_manifest(folder: Path) -> _Manifest:
-    content = _read_json(folder / MANIFEST)
-    methods = content.get("methods")
-    # a name that leads out of the folder is no name of a method
-    if not isinstance(methods, list) or not all(
-        isinstance(key, str) and key.isidentifier() for key in methods
-    ):
-        raise ValueError(
-            f"load: {folder / MANIFEST} has methods {methods!r}; names of folders beside it are right"
-        )
-    return _Manifest(methods, bool(content.get("head")), _count(content, folder / MANIFEST))
-
-
-def _count(content: dict, path: Path) -> int:
-    labels = content.get(LABELS, 0)
-    if not isinstance(labels, int) or labels < 0:
-        raise ValueError(f"load: {path} has {LABELS} {labels!r}; a number of labels would be right")
-    return labels
-
-
-def _read_method(folder: Path, trainable: bool) -> _Part:
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(
-            f"load: {folder} has neither {CONFIG} nor {MANIFEST}; a folder that save wrote would be right"
-        )
-    config = _read_json(folder / CONFIG)
-    kind = _PEFT_TYPES.get(config.get("peft_type"))
-    if kind is None:
-        raise ValueError(
-            f"load: {folder} holds a {config.get('peft_type')}; pefast reads {', '.join(_PEFT_TYPES)}"
-        )
-    resume = _read_tensors(folder / RESUME) if trainable and (folder / RESUME).exists() else {}
-    tensors = _read_tensors(folder / TENSORS)
-    if config.get("share") and not any(METHODS[kind].owns(key) for key in tensors):
-        tensors |= _left_elsewhere(folder, config["share"], kind)
-    tensors = {key: tensor for key, tensor in tensors.items() if not METHODS[kind].repeats(key)}
-    return _Part(kind, {**config, "resumes": bool(resume)}, tensors, resume)
-
-
-def _left_elsewhere(folder: Path, share: str, kind: str) -> dict[str, Tensor]:
-    """The tensors that an adapter of a folder of several shares with the one called `share`."""
-    for above in (folder.parent, folder.parent.parent):
-        for place in (above / share, above / share / kind):
-            # a name that leads elsewhere is no name of an adapter
-            if "/" not in share and "." not in share and (place / TENSORS).exists():
-                found = _read_tensors(place / TENSORS)
-                return {key: tensor for key, tensor in found.items() if METHODS[kind].owns(key)}
-    raise FileNotFoundError(f"load: {folder} shares with the adapter {share!r}, which is not beside it")
-
-
 def leave_shared(folder: Path, names: Sequence[str]) -> None:
     """Takes out of an adapter's new folder what it shares with another one of `names`."""
     for path in folder.rglob(CONFIG):
-        config = _read_json(path)
+        config = read_json(path)
         if config.get("share") not in names:
             continue
-        owns = METHODS[_PEFT_TYPES[config["peft_type"]]].owns
+        owns = METHODS[PEFT_TYPES[config["peft_type"]]].owns
         tensors = load_file(path.parent / TENSORS)
         kept = {key: tensor for key, tensor in tensors.items() if not owns(key)}
         save_file(kept, path.parent / TENSORS, metadata={"format": "pt"})
@@ -330,47 +241,7 @@ def write_manifest(folder: Path, adapters: Sequence[str]) -> None:
     _write_json(folder / MANIFEST, {"pefast_version": __version__, "adapters": list(adapters)})
 
 
-def adapters_of(folder: Path) -> list[str]:
-    """The adapters of a folder of several; empty for a folder of one."""
-    if not (folder / MANIFEST).exists():
-        return []
-    names = _read_json(folder / MANIFEST).get("adapters", [])
-    # a name that leads out of the folder is no name of an adapter
-    if not isinstance(names, list) or not all(
-        isinstance(each, str) and each and not set(each) & set("/\\.") for each in names
-    ):
-        raise ValueError(
-            f"load: {folder / MANIFEST} has adapters {names!r}; names of folders beside it are right"
-        )
-    return names
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"load: {path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"load: {path} holds a {type(content).__name__}; an object with settings would be right"
-        )
-    return content
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise FileNotFoundError(f"load: {path} is missing; the folder is not whole")
-    try:
-        tensors = load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"load: {path} is damaged or cut off: {error}") from None
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"load: tensor {key} in {path} has values that are NaN or infinite")
-    return tensors
-
-
-def _pair(model: nn.Module, name: str, parts: _Folder, folder: Path) -> list[tuple[Tensor, Tensor]]:
+def _pair(model: nn.Module, name: str, parts: Folder, folder: Path) -> list[tuple[Tensor, Tensor]]:
     """(parameter, new value) for every tensor; raises ValueError where file and model do not fit."""
     pairs = []
     for (key, method), part in zip(

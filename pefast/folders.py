@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from pefast import checkpoint
+from pefast.adapter_files import adapters_of
 from pefast.model import attached, detach
 
 
@@ -59,7 +60,7 @@ def load(
     Raises FileNotFoundError or ValueError, in one sentence that names the tensor and both shapes where they
     differ, and then leaves the model as it was.
     """
-    names = checkpoint.adapters_of(Path(folder))
+    names = adapters_of(Path(folder))
     if not names:
         return checkpoint.load(model, folder, name, trainable=trainable)
     done = []

@@ -113,16 +113,16 @@ def slope(z, KIND: tl.constexpr):
 @triton.jit
 def activate_slots(z, kind, USED: tl.constexpr):
     """σ of each column's own kind: kind [R] counts in USED, the kinds of the call."""
-    h = activate(z, USED[0])
+    h = activate(z, tl.constexpr(USED[0]))
     for i in tl.static_range(1, len(USED)):
-        h = tl.where((kind == i)[None, :], activate(z, USED[i]), h)
+        h = tl.where((kind == i)[None, :], activate(z, tl.constexpr(USED[i])), h)
     return h
 
 
 @triton.jit
 def slope_slots(z, kind, USED: tl.constexpr):
     """σ' of each column's own kind."""
-    s = slope(z, USED[0])
+    s = slope(z, tl.constexpr(USED[0]))
     for i in tl.static_range(1, len(USED)):
-        s = tl.where((kind == i)[None, :], slope(z, USED[i]), s)
+        s = tl.where((kind == i)[None, :], slope(z, tl.constexpr(USED[i])), s)
     return s

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -77,7 +78,7 @@ def _write(model: nn.Module, folder: Path, name: str) -> None:
                 _write_method(model, part / key, name, key, with_head=False)
             head = _plain(head_tensors(model, name))
             if head:
-                save_file(head, part / HEAD, metadata={"format": "pt"})
+                _write_tensors(head, part / HEAD)
             content = {"pefast_version": __version__, "methods": list(methods), "head": bool(head)}
             _write_json(part / MANIFEST, content | _own_labels(state, name))
         move_into_place(part, folder)
@@ -119,9 +120,9 @@ def _write_method(model: nn.Module, folder: Path, name: str, key: str, with_head
         tensors = tensors | {prefix + path: tensor for path, tensor in head.items()}
         config["modules_to_save"] = sorted({path.split(".")[0] for path in head})
         config |= _own_labels(attached(model, "save"), name)
-    save_file(_plain(tensors), folder / TENSORS, metadata={"format": "pt"})
+    _write_tensors(_plain(tensors), folder / TENSORS)
     if resume := method.resume(model, name, key):
-        save_file(_plain(resume), folder / RESUME, metadata={"format": "pt"})
+        _write_tensors(_plain(resume), folder / RESUME)
     _write_json(folder / CONFIG, config)
 
 
@@ -133,6 +134,14 @@ def _own_labels(state, name: str) -> dict[str, int]:
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # its own kind of error also where the disk is full
+        raise OSError(f"save: {path} could not be written ({error})") from None
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -232,7 +241,7 @@ def leave_shared(folder: Path, names: Sequence[str]) -> None:
         owns = METHODS[PEFT_TYPES[config["peft_type"]]].owns
         tensors = load_file(path.parent / TENSORS)
         kept = {key: tensor for key, tensor in tensors.items() if not owns(key)}
-        save_file(kept, path.parent / TENSORS, metadata={"format": "pt"})
+        _write_tensors(kept, path.parent / TENSORS)
         (path.parent / RESUME).unlink(missing_ok=True)
 
 

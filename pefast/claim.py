@@ -5,14 +5,22 @@ Of the processes of one run, as torchrun starts them, the first holds the folder
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from . import recipe as recipes
 from .recipe import Recipe
 from .trainer import newest
+
+try:
+    import fcntl
+except ImportError:
+    # Windows has its own
+    import msvcrt
+
+    fcntl = None
 
 LOCK, STARTED = ".lock", "recipe.yaml"
 # what may change between the halves of a resumed run without changing its result
@@ -39,7 +47,7 @@ def claim(recipe: Recipe, checkpoints: Path, resume: bool) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _hold(lock)
         except OSError:
             raise ValueError(
                 f"train: another run is at work in {folder}; a different output would be right"
@@ -48,7 +56,9 @@ def claim(recipe: Recipe, checkpoints: Path, resume: bool) -> Iterator[None]:
             _check(recipe, checkpoints, resume)
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)
+            # an open file cannot go on Windows
+            with contextlib.suppress(PermissionError):
+                (folder / LOCK).unlink(missing_ok=True)
             _leave(new)
 
 
@@ -59,6 +69,14 @@ def begin(recipe: Recipe, checkpoints: Path) -> None:
     checkpoints.mkdir(parents=True, exist_ok=True)
     if not (checkpoints / STARTED).exists():
         (checkpoints / STARTED).write_text(recipes.written(recipe), encoding="utf-8")
+
+
+def _hold(lock: IO) -> None:
+    """Locks an open file until it is closed. Raises OSError where another process holds it."""
+    if fcntl is not None:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    else:
+        msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
 
 
 def _check(recipe: Recipe, checkpoints: Path, resume: bool) -> None:

@@ -114,3 +114,18 @@ def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
             at = f"{name}_{count}"
         found[at] = group["lr"]
     return found
+
+
+def held(
+    groups: dict[str, list[nn.Parameter]], optimizer: torch.optim.Optimizer | None
+) -> dict[str, dict[str, int | None]]:
+    """What each group of parameters holds: their number, and bytes of values, gradients and the optimizer's
+    state, which is None without an optimizer."""
+    found = {}
+    for name, parameters in groups.items():
+        own = sum(each.nbytes for each in parameters)
+        sizes = {"parameters": sum(each.numel() for each in parameters), "bytes": own, "gradients": own}
+        states = [] if optimizer is None else [optimizer.state[each] for each in parameters]
+        state = sum(value.nbytes for one in states for value in one.values() if isinstance(value, Tensor))
+        found[name] = sizes | {"state": None if optimizer is None else state}
+    return found

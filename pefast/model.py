@@ -313,7 +313,9 @@ def merge(model: nn.Module) -> nn.Module:
         method.kind for name in names for method in state.adapters[name].values() if not method.merges
     }:
         can = ", ".join(method.__name__ for method in METHODS.values() if method.merges)
-        raise ValueError(f"merge: {', '.join(sorted(odd))} cannot be added to a weight; {can} can")
+        raise ValueError(
+            f"merge: {', '.join(sorted(odd))} cannot be added to a weight; {can} can, save keeps the others"
+        )
     state.merged = names
     # what replaces a weight comes before what is added to it
     for name in names:

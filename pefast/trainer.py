@@ -5,6 +5,7 @@ base model. It is written beside its place and renamed into it, so a run that wa
 from the last whole one, and ends with the same bits as a run that was never stopped.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -14,13 +15,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import pefast
 
 from .checkpoint import refill
+from .gauges import Gauges, norms, rates, trained_by_method
 from .progress import Meter
+from .report import fused_layers
+from .sharded_trainer import ShardedTrainer
 
 ADAPTER = "adapter"
 STATE = "trainer_state.json"
@@ -63,6 +67,19 @@ class Every(TrainerCallback):
             control.should_save = True
 
 
+class _Stepped(TrainerCallback):
+    """Notes when the optimizer is done with a step."""
+
+    def __init__(self, trainer: "AdapterTrainer"):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """The end of the step's last part."""
+        gauges = self.trainer.gauges
+        gauges.add("optimizer", self.trainer._after_backward, gauges.mark())
+        gauges.steps += 1
+
+
 class Interrupt(TrainerCallback):
     """Ctrl-C once: the step ends, a checkpoint is written, training stops. Twice: at once."""
 
@@ -91,7 +108,7 @@ class Interrupt(TrainerCallback):
             signal.signal(signal.SIGINT, self.before)
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(ShardedTrainer):
     """The Trainer of one run; `judge(model)` gives the metrics of the rows to choose by."""
 
     def __init__(
@@ -107,6 +124,11 @@ class AdapterTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.meter, self.hits, self.judge, self.rates, self.keep = meter, hits, judge, rates or {}, keep
         self._staging: str | None = None
+        self.gauges = Gauges(self.args.device.type == "cuda")
+        self._groups: dict[str, list[nn.Parameter]] = {}
+        # what the next line of the log says beside the Trainer's own numbers
+        self._told: dict[str, Tensor | float] = {}
+        self.add_callback(_Stepped(self))
 
     def create_optimizer(self, model=None):
         """The Trainer's own optimizer, over pefast's groups: rates that a method asks for are honoured."""
@@ -119,11 +141,45 @@ class AdapterTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The Trainer's own loss; in training its value and the share of hits go to the meter."""
+        begin = self.gauges.mark()
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             with torch.no_grad():
                 self.meter.add(loss.detach(), self.hits(outputs, inputs))
+                self.gauges.count(inputs)
+            self._after_forward = self.gauges.mark()
+            self.gauges.add("forward", begin, self._after_forward)
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(self, *args, **kwargs):
+        """The Trainer's own next batches, timed."""
+        with self.gauges.time("data"):
+            return super().get_batch_samples(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The Trainer's own step, timed; the log's line sees the gradients before they are clipped."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._after_backward = self.gauges.mark()
+        self.gauges.add("backward", self._after_forward, self._after_backward)
+        step = self.state.global_step + 1
+        logs = step == 1 or step % self.state.logging_steps == 0
+        if logs and self.accelerator.sync_gradients and self.args.logging_strategy != "no":
+            own = self.accelerator.unwrap_model(self.model)
+            self._groups = self._groups or trained_by_method(own)
+            fused, whole = fused_layers(own, inputs["input_ids"].numel())
+            self._told = {f"learning_rate/{name}": rate for name, rate in rates(self.optimizer).items()}
+            self._told |= {f"grad_norm/{name}": norm for name, norm in norms(self._groups).items()}
+            self._told |= {"fused_share": fused / whole} if whole else {}
+        return loss
+
+    def log(self, logs, start_time=None):
+        """The Trainer's own log; a line about training also has what the gauges show."""
+        if "loss" in logs:
+            told = {key: float(value) for key, value in self._told.items()}
+            hits = self.meter.read()[1]
+            told |= {} if math.isnan(hits) else {"accuracy": hits}
+            logs |= told | {"tokens_per_second": self.gauges.tokens_per_second()}
+        super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -187,8 +243,8 @@ class AdapterTrainer(Trainer):
                 shutil.rmtree(old)
 
     def _save(self, output_dir=None, state_dict=None):
-        # the Trainer calls this in every process
-        if self.args.should_save:
+        # the Trainer calls this in every process, and shards are with all of them
+        if self.args.should_save or self.is_fsdp_enabled:
             pefast.save(self.accelerator.unwrap_model(self.model), Path(output_dir) / ADAPTER)
 
     def _load_best_model(self):

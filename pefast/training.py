@@ -4,11 +4,12 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -21,8 +22,10 @@ import pefast
 
 from . import claim, sources, tasks
 from . import recipe as recipes
+from .gauges import held, trained_by_method
 from .progress import Watcher
 from .recipe import Recipe
+from .sharded import is_sharded
 from .tasks import carried
 from .tasks.rows import Row
 from .trainer import ADAPTER, AdapterTrainer, Every, Interrupt, newest
@@ -42,6 +45,7 @@ class Run:
     valid: list[Row]
     test: list[Row]
     stream: sources.Stream | None = None  # of which `train` holds the first rows only
+    record: dict = field(default_factory=dict)  # what `fit` measured on the way: see `_record`
 
     @property
     def names(self) -> dict[str, str]:
@@ -135,6 +139,7 @@ def fit(run: Run, watcher: Watcher, resume: bool = False) -> dict[str, float]:
                 folder.parent.rmdir()
     if interrupt.came:
         raise Stopped(f"training: stopped at step {trainer.state.global_step}; --resume goes on from there")
+    run.record = _record(trainer)
     loss, accuracy = watcher.meter.read()
     seconds = time.perf_counter() - start
     fitted = {
@@ -144,6 +149,20 @@ def fit(run: Run, watcher: Watcher, resume: bool = False) -> dict[str, float]:
         "train_accuracy": accuracy,
     }
     return fitted | ({"best_step": trainer.state.best_global_step} if run.valid else {})
+
+
+def _record(trainer: AdapterTrainer) -> dict[str, object]:
+    """The log of the whole run, and what this process measured: a resumed one only its own steps."""
+    on_gpu = torch.cuda.is_available()
+    # the system counts in kilobytes, and from the process's beginning
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "log": trainer.state.log_history,
+        "seconds": trainer.gauges.finish(),
+        "measured_steps": trainer.gauges.steps,
+        "held": held(trained_by_method(trainer.accelerator.unwrap_model(trainer.model)), trainer.optimizer),
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
+    }
 
 
 def _trainer(run: Run, watcher: Watcher, folder: Path, interrupt: Interrupt) -> AdapterTrainer:
@@ -157,8 +176,7 @@ def _trainer(run: Run, watcher: Watcher, folder: Path, interrupt: Interrupt) -> 
         run.model,
         _arguments(run, folder),
         data_collator=run.task.collator(run.tokenizer, run.model),
-        train_dataset=run.stream
-        or run.task.encode(run.train, run.tokenizer, run.names, wanted.max_length),
+        train_dataset=run.stream or run.task.encode(run.train, run.tokenizer, run.names, wanted.max_length),
         # the Trainer wants to see rows; `judge` is what looks at them
         eval_dataset=run.valid or None,
         processing_class=run.tokenizer,
@@ -195,14 +213,25 @@ def store(run: Run, metrics: dict[str, float]) -> Path:
     The run's checkpoints go: what they were for is done. Of several processes the first writes.
     """
     folder = Path(run.recipe.output)
+    # shards are with all processes
+    if claim.is_first() or is_sharded(run.model):
+        pefast.save(run.model, folder / ADAPTER)
     if not claim.is_first():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    pefast.save(run.model, folder / ADAPTER)
-    _replace(folder / RECIPE, recipes.written(run.recipe))
-    _replace(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
+    write_whole(folder / RECIPE, recipes.written(run.recipe))
+    write_whole(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return folder
+
+
+def baseline(run: Run) -> dict[str, object] | None:
+    """What can be said of the held-out rows without a model: its metrics, and "what" it is in words; None
+    where the base model itself is what is to be beaten."""
+    known = run.task.baseline(run.train, run.test, run.names)
+    if known is None:
+        return None
+    what, answers = known
+    return {"what": what} | run.task.metrics(answers, run.test, run.names)
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:
@@ -277,8 +306,9 @@ def _arguments(run: Run, folder: Path) -> TrainingArguments:
         load_best_model_at_end=bool(run.valid),
         metric_for_best_model=run.task.METRIC if run.valid else None,
         greater_is_better=True,
-        logging_strategy="steps" if wanted.tensorboard else "no",
-        logging_steps=10,
+        logging_strategy="steps",
+        logging_first_step=True,
+        logging_steps=_logging_steps(run),
         report_to="tensorboard" if wanted.tensorboard else "none",
         disable_tqdm=True,
         # the collator gives what the model takes; a forward that pefast wraps has no names to choose by
@@ -288,6 +318,14 @@ def _arguments(run: Run, folder: Path) -> TrainingArguments:
         use_cpu=not torch.cuda.is_available(),
         ddp_backend="gloo" if several and not torch.cuda.is_available() else None,
     )
+
+
+def _logging_steps(run: Run) -> int:
+    """Steps between two lines of the log: two hundred lines or more; for TensorBoard at most ten steps."""
+    wanted = run.recipe.training
+    steps = wanted.max_steps or wanted.epochs * len(run.train) / (wanted.batch * wanted.accumulate)
+    apart = int(steps) // 200 or 1
+    return min(apart, 10) if wanted.tensorboard else apart
 
 
 def _settle(recipe: Recipe) -> None:
@@ -306,7 +344,8 @@ def _model(recipe: Recipe, task: ModuleType) -> tuple[PreTrainedTokenizerBase, n
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _replace(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str) -> None:
+    """Writes a text file that appears whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(content, encoding="utf-8")
     os.replace(beside, path)

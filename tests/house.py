@@ -19,7 +19,7 @@ FLOORS = (
     ("cli",),
     ("commands",),
     ("search",),
-    ("selection", "pictures", "predicting"),
+    ("selection", "pictures", "predicting", "reporting", "card"),
     ("training", "doctor", "roofline"),
     ("claim", "sources"),
     ("recipe", "trainer"),

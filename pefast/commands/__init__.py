@@ -4,9 +4,11 @@ from .bench import bench
 from .doctor import doctor
 from .evaluate import evaluate
 from .explain import explain
+from .merge import merge
 from .predict import predict
+from .report import report
 from .select import select
 from .train import train
 
 # in the order of `pefast --help`
-COMMANDS = (train, evaluate, predict, select, explain, bench, doctor)
+COMMANDS = (train, evaluate, predict, report, merge, select, explain, bench, doctor)

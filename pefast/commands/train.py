@@ -44,7 +44,8 @@ def train(
 
 
 def _train(wanted, resume: bool) -> None:
-    from .. import sources, training
+    from .. import card, reporting, sources, training
+    from ..claim import is_first
     from ..progress import Watcher
 
     run = training.prepare(wanted)
@@ -62,8 +63,26 @@ def _train(wanted, resume: bool) -> None:
     except training.Stopped as stopped:
         console.print(str(stopped))
         raise typer.Exit(130) from None
-    after = training.score(run)[1]
-    numbers = after | {"before": before} | fitted | {"trainable": count, "parameters": total}
+    answers, after = training.score(run)
+    scores = {"after": after, "before": before, "baseline": training.baseline(run)}
+    numbers = after | {"before": before, "baseline": scores["baseline"]} | fitted
+    numbers |= {"trainable": count, "parameters": total}
     folder = training.store(run, numbers)
-    table("held-out rows", ("", "before", "after"), [(name, before[name], after[name]) for name in after])
-    console.print(f"saved to {folder}")
+    _show(scores)
+    console.print(f"saved to {folder}", markup=False, soft_wrap=True)
+    if is_first():
+        facts = reporting.collect(run, folder, answers, scores, reporting.trained(run, numbers))
+        page, _ = reporting.write(folder, facts)
+        card.write(folder / training.ADAPTER, facts)
+        console.print(f"report: {page}", markup=False, soft_wrap=True)
+
+
+def _show(scores: dict) -> None:
+    """The scores as a table, beside what can be said without a model."""
+    plain = scores["baseline"]
+    columns = ("", *(() if plain is None else (plain["what"],)), "before", "after")
+    lines = [
+        (name, *(() if plain is None else (plain[name],)), scores["before"][name], value)
+        for name, value in scores["after"].items()
+    ]
+    table("held-out rows", columns, lines)

@@ -58,7 +58,7 @@ def _forward(q, k, v, prefix_k, prefix_v, mask, causal, scale, p, seed):
     if not q.numel() or not keys:
         return o.zero_(), lse.zero_()
     tensors = _plain(q, k, v, prefix_k, prefix_v)
-    mask, mask_strides = _mask(mask, b, l)
+    mask, mask_strides = _mask(mask, b, l, p > 0)
     block = tiles.attention(q.dtype, d, p > 0)
     with torch.cuda.device_of(q):
         kernels.attend[(triton.cdiv(l, block["BLOCK_L"]) * h * b,)](
@@ -79,7 +79,7 @@ def _backward(do, o, lse, q, k, v, prefix_k, prefix_v, mask, causal, scale, p, s
     if not q.numel() or not keys:
         found = (*(t.zero_() for t in (dq, dk, dv)), *(part.zero_() for part in parts))
         return *found[:3], _of_prefix(found[3], prefix_k), _of_prefix(found[4], prefix_v)
-    mask, mask_strides = _mask(mask, b, l)
+    mask, mask_strides = _mask(mask, b, l, p > 0)
     do = do if do.stride(-1) == 1 else do.contiguous()
     o = o if o.stride(-1) == 1 else o.contiguous()
     dots = torch.empty_like(lse)
@@ -125,12 +125,15 @@ def _strides(*tensors) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
 
 
-def _mask(mask: Tensor | None, b: int, l: int) -> tuple[Tensor | None, tuple[int, int, int]]:
-    """The mask as bytes, and its strides over batch, rows and keys."""
+def _mask(mask: Tensor | None, b: int, l: int, drops: bool) -> tuple[Tensor | None, tuple[int, int, int]]:
+    """The mask as integers, and its strides over batch, rows and keys."""
     if mask is None:
         return None, (0, 0, 0)
+    # triton 3.6 to 3.8 take weights made of bytes and a dropout mask for 4-bit numbers, and mma.sync then leaves
+    # half of a sum over 16 rows out: dk and dv were wrong on sm_80 (its pull requests 10645 and 11691)
+    mask = mask.to(torch.int16) if drops else mask.view(torch.uint8)
     strides = mask.expand(b, 1, l, mask.shape[3]).stride()
-    return mask.view(torch.uint8), (strides[0], strides[2], strides[3])
+    return mask, (strides[0], strides[2], strides[3])
 
 
 def _numbers(p: float, seed: Tensor | None) -> tuple[int, float, int]:

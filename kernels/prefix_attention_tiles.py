@@ -62,7 +62,7 @@ def attend(
     v_ptr,
     pk_ptr,  # [B, G, P, D]
     pv_ptr,
-    mask_ptr,  # [B, L, S]  bytes, or None
+    mask_ptr,  # [B, L, S]  integers, or None
     o_ptr,  # [B, H, L, D]
     lse_ptr,  # [B, H, L]  fp32
     H,
@@ -156,7 +156,7 @@ def towards_q(
     v_ptr,
     pk_ptr,  # [B, G, P, D]
     pv_ptr,
-    mask_ptr,  # [B, L, S]  bytes, or None
+    mask_ptr,  # [B, L, S]  integers, or None
     o_ptr,  # [B, H, L, D]
     do_ptr,
     lse_ptr,  # [B, H, L]  fp32
@@ -246,7 +246,7 @@ def towards_keys(
     v_ptr,
     pk_ptr,  # [B, G, P, D]
     pv_ptr,
-    mask_ptr,  # [B, L, S]  bytes, or None
+    mask_ptr,  # [B, L, S]  integers, or None
     do_ptr,  # [B, H, L, D]
     lse_ptr,  # [B, H, L]  fp32
     dot_ptr,  # [B, H, L]  fp32

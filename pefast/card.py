@@ -51,7 +51,8 @@ def card(
     """The whole file, around what a person has written: keys of the front matter, and text."""
     own = _front(facts, merged is not None)
     tags = [*(keys.get("tags") or []), *own["tags"]]
-    front = ModelCardData(**{**keys, **own, "tags": list(dict.fromkeys(tags))})
+    kept = {key: value for key, value in keys.items() if key != "model-index"}
+    front = ModelCardData(**{**kept, **own, "tags": list(dict.fromkeys(tags))})
     body = "\n".join([BEGIN, "", *_body(facts, merged), END])
     if BEGIN in text and END in text:
         before, _, rest = text.partition(BEGIN)

@@ -41,9 +41,19 @@ def page(facts: Mapping[str, object]) -> str:
     source = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     # autoescape: rows, labels and recipes come from anywhere
     loading = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        finalize=lambda value: seen(value) if type(value) is str else value,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    loading.filters |= {"count": count, "size": size, "score": score, "seen": seen, "share": share}
+    loading.filters |= {
+        "count": count,
+        "size": size,
+        "score": score,
+        "share": share,
+        "milliseconds": milliseconds,
+    }
     return loading.from_string(source).render(
         facts=facts,
         charts=drawn(facts),
@@ -58,7 +68,7 @@ def drawn(facts: Mapping[str, object]) -> dict[str, list[dict]]:
     curves, found = facts["trained"].get("curves", {}), facts["findings"]
     titles = {
         "loss": "Loss of the training batches",
-        "metric": f"{facts['metric']} of the rows to choose by",
+        "metric": f"{seen(facts['metric'])} of the rows to choose by",
         "learning_rate": "Learning rate",
         "grad_norm": "Norm of the gradients",
         "tokens_per_second": "Tokens per second",
@@ -84,7 +94,7 @@ def _told_apart(series: Mapping[str, list]) -> dict[str, list]:
     """Series by names without the adapter's, which is one; as one where all of them are the same."""
     if len(series) > 1 and all(each == next(iter(series.values())) for each in series.values()):
         return {"all": next(iter(series.values()))}
-    return {name.rpartition("/")[2]: each for name, each in series.items()}
+    return {seen(name.rpartition("/")[2]): each for name, each in series.items()}
 
 
 def smoothed(points: list[list[float]], width: int = 10) -> list[list[float]]:
@@ -147,7 +157,12 @@ def score(value: object) -> str:
 
 def share(value: float) -> str:
     """A part of one as a percentage."""
-    return f"{100 * value:.2g} %" if value < 0.1 else f"{100 * value:.1f} %"
+    return f"{100 * value:.2g}\u00a0%" if value < 0.1 else f"{100 * value:.1f}\u00a0%"
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, and from a hundred on whole ones."""
+    return f"{count(value) if value >= 100 else f'{value:.3g}'}\u00a0ms"
 
 
 def seen(text: object) -> str:

@@ -129,8 +129,8 @@ def _mask(mask: Tensor | None, b: int, l: int, drops: bool) -> tuple[Tensor | No
     """The mask as integers, and its strides over batch, rows and keys."""
     if mask is None:
         return None, (0, 0, 0)
-    # triton 3.6 to 3.8 take weights made of bytes and a dropout mask for 4-bit numbers, and mma.sync then leaves
-    # half of a sum over 16 rows out: dk and dv were wrong on sm_80 (its pull requests 10645 and 11691)
+    # triton 3.6 to 3.8 take weights from bytes and a dropout mask for 4-bit numbers, and mma.sync then leaves
+    # out half of a sum over 16 rows: dk and dv were wrong on sm_80 (its pull requests 10645, 11691)
     mask = mask.to(torch.int16) if drops else mask.view(torch.uint8)
     strides = mask.expand(b, 1, l, mask.shape[3]).stride()
     return mask, (strides[0], strides[2], strides[3])

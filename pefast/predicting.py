@@ -37,7 +37,7 @@ class Served(NamedTuple):
     @property
     def kind(self) -> ModuleType:
         """The task whose head, rows and answers the run's are."""
-        return getattr(self.run.task, "OVER", self.run.task)
+        return getattr(self.run.task, "HEAD", self.run.task)
 
 
 class Asked(NamedTuple):
@@ -85,7 +85,7 @@ def _beside(folder: Path, name: str, there: Mapping[str, Served]) -> Served | No
     if carried.resolve(recipe.model) != carried.resolve(first.model):
         raise ValueError(f"predict: {name} is of {recipe.model}, others are of {first.model}; one is right")
     task = tasks.find(recipe.task)
-    kind = getattr(task, "OVER", task)
+    kind = getattr(task, "HEAD", task)
     like = next((each.run for each in there.values() if each.kind is kind), None)
     if like is None:
         return None

@@ -28,7 +28,7 @@ class Source:
     )
     valid_source: str | None = None  # rows that choose between epochs and settings; otherwise valid_rows
     columns: dict | None = None  # the column of a role, where it is not the task's own: {text: review}
-    derive: str | None = None  # questions or typed-pairs, made from rows with named entities
+    derive: str | None = None  # rows made from others: questions, typed-pairs (of entities) or headlines
     where: dict | None = None  # only rows whose columns have these values
     names: dict | None = None  # the name to show for each label
     train_rows: int | None = None  # at most so many

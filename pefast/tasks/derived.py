@@ -1,10 +1,12 @@
-"""Tasks that no carried package has, derived from named entities: questions about them, and pairs of them.
+"""Tasks that no carried package has, derived from others: questions about named entities, pairs of them, and
+headlines beside their own or another article.
 
 They show that a task runs and learns. They are easier than what people annotate, and are never to be compared
 with published numbers.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 QUESTIONS = {
@@ -56,4 +58,35 @@ def typed_pairs(record: dict) -> Iterator[dict]:
             yield {"text": " ".join(words), "head": head, "tail": tail, "label": label}
 
 
-DERIVED: dict[str, Callable[[dict], Iterator[dict]]] = {"questions": questions, "typed-pairs": typed_pairs}
+def headlines(records: Iterable[dict]) -> Iterator[dict]:
+    """A headline beside an article of the same folder, its own or not: headline, body, label.
+
+    Of every two articles both have their own headline, or each has the other's; so no headline and no article
+    comes twice, and either label says nothing of another row.
+    """
+    for _, alike in itertools.groupby(records, lambda record: record["label"]):
+        alike = list(alike)
+        for number in range(0, len(alike) - 1, 2):
+            one, other = alike[number : number + 2]
+            own = number % 4 == 0
+            label = "own" if own else "another's"
+            yield {"headline": (one if own else other)["headline"], "body": one["body"], "label": label}
+            yield {"headline": (other if own else one)["headline"], "body": other["body"], "label": label}
+
+
+def _of_each(derive: Callable[[dict], Iterator[dict]]) -> Callable[[Iterable[dict]], Iterator[dict]]:
+    return lambda records: itertools.chain.from_iterable(map(derive, records))
+
+
+class Derived(NamedTuple):
+    """How records of another kind are made, and the column that these need."""
+
+    make: Callable[[Iterable[dict]], Iterator[dict]]
+    needs: str
+
+
+DERIVED = {
+    "questions": Derived(_of_each(questions), "tags"),
+    "typed-pairs": Derived(_of_each(typed_pairs), "tags"),
+    "headlines": Derived(headlines, "headline"),
+}

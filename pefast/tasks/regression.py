@@ -19,8 +19,8 @@ from .rows import Row
 ROLES = {"text": "text", "pair": None, "label": "label"}
 METRIC = "pearson"
 STRATUM = None
-# whose rows this task's are, and whose answers it is the first column of: both may share a batch
-OVER = text_classification
+# whose first logit the answer is; a batch may mix what shares a kind of head
+HEAD = text_classification
 
 
 def names(rows: Sequence[Row], given: dict[str, str] | None = None) -> dict[str, str]:

@@ -14,12 +14,12 @@ from .batches import Adapters
 from .rows import Row
 from .text_classification import METRIC, STRATUM, baseline, collator, hits, metrics, model, names, say
 
-__all__ = ["METRIC", "OVER", "ROLES", "STRATUM", "baseline", "collator", "encode", "hits", "marked"]
+__all__ = ["HEAD", "METRIC", "OVER", "ROLES", "STRATUM", "baseline", "collator", "encode", "hits", "marked"]
 __all__ += ["metrics", "model", "names", "predict", "say"]
 
 ROLES = {"text": "text", "head": "head", "tail": "tail", "label": "label"}
-# whose rows and answers this task's are, once marked: both may share a batch
-OVER = text_classification
+# whose rows and answers this task's are, once marked; a batch may mix what shares a kind of head
+OVER = HEAD = text_classification
 
 
 def marked(row: Row) -> Row:

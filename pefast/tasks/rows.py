@@ -80,10 +80,15 @@ def _derived(path: Path, derive: str | None) -> Iterator[dict]:
         return
     if derive not in DERIVED:
         raise ValueError(f"data.derive: {derive!r} is not known; known are {', '.join(DERIVED)}")
+    yield from DERIVED[derive].make(_having(path, DERIVED[derive].needs))
+
+
+def _having(path: Path, column: str) -> Iterator[dict]:
     for record in records(path):
-        if "tags" not in record:
-            raise ValueError(f"data.derive: {path.name} has no named entities; a CoNLL file would be right")
-        yield from DERIVED[derive](record)
+        if column not in record:
+            right = {"tags": "a CoNLL file", "headline": "a folder of texts"}[column]
+            raise ValueError(f"data.derive: {path.name} has no {column!r}; {right} would be right")
+        yield record
 
 
 def split(rows: list[Row], test_rows: int, seed: int, by: str | None = None) -> tuple[list[Row], list[Row]]:

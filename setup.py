@@ -4,6 +4,9 @@ Every csrc/*.cpp and csrc/cpu/*.cpp is compiled. The last word of a file's name 
 may use (dropout_avx2.cpp); files without such a word run on any machine. A level that the compiler does not
 know is left out, and PEFAST_HAVE_<LEVEL> is defined for the others. Where nothing can be built the install
 still succeeds, and pefast/native/why_not.txt says the reason.
+
+PEFAST_CUDA=1 builds csrc/cuda with nvcc as well: pefast._cuda, a shared library that knows neither Python nor
+torch and holds machine code for several GPUs. why_no_cuda.txt beside the other note says why there is none.
 """
 
 import os
@@ -32,6 +35,9 @@ BASE = (
     "-std=c++17 -O3 -fopenmp -fPIC -ffp-contract=off -fno-trapping-math -fvisibility=hidden"
     " -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized"
 )
+# what csrc/cuda is compiled for, where this nvcc knows it; the last one as PTX too, for what comes after it
+GPUS = ("80", "90", "100", "120")
+CUDA = "pefast._cuda"
 RULES = """
 rule compile
   command = {cxx} {flags} $level -MMD -MF $out.d -c $in -o $out
@@ -55,6 +61,37 @@ def compiler() -> list[str]:
     if not shutil.which(words[0]):
         raise CannotBuild(f"no C++ compiler: {words[0]!r} was not found")
     return words
+
+
+def nvcc() -> str:
+    """Where CUDA's compiler is."""
+    homes = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
+    places = [str(Path(home) / "bin") for home in homes if home] + [os.environ.get("PATH", "")]
+    found = shutil.which("nvcc", path=os.pathsep.join([*places, "/usr/local/cuda/bin"]))
+    if not found:
+        raise CannotBuild("no program 'nvcc' was found; CUDA_HOME says where CUDA is")
+    return found
+
+
+def nvcc_command(compiler: str, sources: list[str], target: Path, gpus=GPUS) -> list[str]:
+    """The command that makes one library of csrc/cuda for these GPUs, as far as the compiler knows them."""
+    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    # 90a is 90 with instructions of its own
+    gpus = [gpu for gpu in gpus if f"sm_{gpu.rstrip('a')}" in known.split()]
+    if not gpus:
+        raise CannotBuild(f"{compiler} knows none of the GPUs {', '.join(GPUS)}")
+    codes = [f"arch=compute_{gpu},code=sm_{gpu}" for gpu in gpus]
+    codes.append(f"arch=compute_{gpus[-1]},code=compute_{gpus[-1]}")
+    # the CUDA runtime comes inside, and stays there: torch brings one of its own
+    words = [
+        "-std=c++17",
+        "-O3",
+        "-shared",
+        "-cudart=static",
+        "-Xcompiler=-fPIC",
+        "-Xlinker=--exclude-libs=ALL",
+    ]
+    return [compiler, *words, *(f"-gencode={code}" for code in codes), *sources, "-o", str(target)]
 
 
 def ninja() -> str:
@@ -116,16 +153,22 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
-        note = target.parent / "native" / "why_not.txt"
+        of_cuda = ext.name == CUDA
+        what, name = ("CUDA kernels were", "why_no_cuda") if of_cuda else ("extension was", "why_not")
+        note = target.parent / "native" / f"{name}.txt"
         note.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         note.unlink(missing_ok=True)
         try:
-            self.compile(ext.sources, target)
+            (self.compile_cuda if of_cuda else self.compile)(ext.sources, target)
         except (CannotBuild, subprocess.CalledProcessError) as error:
             reason = str(error) if isinstance(error, CannotBuild) else first_error(error.stdout)
-            note.write_text(f"the extension was not built: {reason}\n", encoding="utf-8")
+            note.write_text(f"the {what} not built: {reason}\n", encoding="utf-8")
             print(f"pefast: {note.read_text(encoding='utf-8')}", file=sys.stderr)
+
+    def compile_cuda(self, sources, target):
+        command = nvcc_command(nvcc(), sources, target)
+        subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
 
     def compile(self, sources, target):
         objects = Path(self.build_temp).absolute()
@@ -146,9 +189,13 @@ if __name__ == "__main__":
     folders = (Path("csrc"), Path("csrc/cpu"))
     sources = sorted(str(path) for folder in folders for path in folder.glob("*.cpp"))
     headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
+    extensions = [Extension("pefast._C", sources, depends=headers, optional=True)]
+    if os.environ.get("PEFAST_CUDA", "0") not in ("", "0"):
+        kernels = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
+        extensions.append(Extension(CUDA, kernels, depends=headers, optional=True))
     setup(
         packages=[*find_packages(include=["pefast", "pefast.*"]), "pefast.kernels"],
         package_dir={"pefast": "pefast", "pefast.kernels": "kernels"},
-        ext_modules=[Extension("pefast._C", sources, depends=headers, optional=True)],
+        ext_modules=extensions,
         cmdclass={"build_ext": BuildNative},
     )

@@ -36,7 +36,7 @@ def look() -> list[Line]:
     """Everything that is looked at, in the order to read it."""
     lines = [Line("python", platform.python_version())]
     lines += [Line(name, _version(name)) for name in ("torch", "transformers", "safetensors", "numpy")]
-    lines += [_native(), _instructions(), _threads(), _gpu(), _triton()]
+    lines += [_native(), _instructions(), _threads(), _gpu(), _cuda(), _triton()]
     for module, meaning in EXTRAS.items():
         found = importlib.util.find_spec(module) is not None
         name = NAMES.get(module, module)
@@ -94,6 +94,15 @@ def _gpu() -> Line:
     if torch.cuda.is_available():
         return Line("GPU", torch.cuda.get_device_name(), "")
     return Line("GPU", "none", "layers run on the CPU")
+
+
+def _cuda() -> Line:
+    from .native import delta_linear_cuda
+
+    kernels, why = delta_linear_cuda.library()
+    if kernels is not None:
+        return Line("CUDA kernels", "built", "on a GPU, decoding steps of LoRA layers run in one launch each")
+    return Line("CUDA kernels", "missing", why)
 
 
 def _triton() -> Line:

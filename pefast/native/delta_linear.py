@@ -2,7 +2,7 @@
 
 One plain LoRA in bf16, the commonest call, has a door of its own here, for it costs the least Python; other
 calls in bf16 go through sibling_linear.py, those in fp32 through delta_linear_fp32.py. Without AMX both go
-through delta_linear_thin.py.
+through delta_linear_thin.py. What is on a GPU goes to delta_linear_cuda.py.
 Formula: pefast/ops/delta_linear.py.
 """
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pefast.native import WHY_NOT, C, packs, register_one_lora, rows_of, sibling_linear, through_the_registry
+from pefast.native import delta_linear_cuda as cuda
 from pefast.native import delta_linear_fp32 as fp32
 from pefast.native import delta_linear_thin as thin
 from pefast.native.packs import packed_bytes as packed_bytes
@@ -24,6 +25,8 @@ if thin.HERE and not _HERE:
 
 def refuse(call) -> str:
     """Why csrc cannot run this call, or ""."""
+    if call.x.is_cuda:
+        return cuda.why_not(call)
     if other := _OTHERS.get(call.x.dtype):
         return other.why_not(call)
     return sibling_linear.refuse(sibling_linear.Siblings(call.x, (call,)))
@@ -31,6 +34,8 @@ def refuse(call) -> str:
 
 def decline(call) -> str:
     """Why another hand is faster, or ""."""
+    if call.x.is_cuda:
+        return ""
     if other := _OTHERS.get(call.x.dtype):
         return other.why_slower(call)
     w = call.w
@@ -49,7 +54,12 @@ def _one_lora(call) -> bool:
 
 
 def forward(call) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
-    """y [M, N] and one pair: the waist before its activations [M, all ranks], and u [M, N] or None."""
+    """y [M, N] and one pair: the waist before its activations [M, all ranks], and u [M, N] or None.
+
+    On a GPU y alone.
+    """
+    if call.x.is_cuda:
+        return cuda.forward(call)
     if other := _OTHERS.get(call.x.dtype):
         return other.forward(call)
     if not _one_lora(call):

@@ -1,6 +1,8 @@
 """The doors of the machine: plain PTX, and Triton's launches."""
 
+import atexit
 import contextlib
+import functools
 import tempfile
 from typing import NamedTuple
 
@@ -20,14 +22,20 @@ class Checks(NamedTuple):
     fences: bool = True  # what wgmma reads must have been fenced
 
 
-class Launched(NamedTuple):
-    """One launch that Triton made inside on_ptx."""
+class Launch(NamedTuple):
+    """One launch that Triton makes inside on_ptx."""
 
     name: str
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
     text: str  # the PTX
+    arguments: list  # tensors and numbers, without those that were compiled in
+
+    def run(self) -> None:
+        """Execute it; tensors are changed in place."""
+        (kernel,) = parse(self.text).values()
+        run_kernel(kernel, self.grid, (self.threads,), self.arguments, self.shared_bytes, Checks())
 
 
 def run_ptx(text, entry, grid, block, arguments, shared_bytes=0, checks=None, blocks_at_once=0) -> None:
@@ -121,12 +129,21 @@ def _placed(memory, value) -> int:
     return memory.place(storage, elements) + tensor.storage_offset() * size
 
 
+@functools.cache
+def _compiled() -> str:
+    """The folder where this process keeps what it compiled."""
+    folder = tempfile.TemporaryDirectory(prefix="ptx-")
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
 @contextlib.contextmanager
-def on_ptx(target: str, change=None, checks=None, executes=True):
+def on_ptx(target: str, execute=Launch.run):
     """Inside, Triton's launches on CPU tensors compile for `target` ("sm80" or "sm90") and execute their PTX.
 
-    change: a function from PTX to PTX, for planted faults. Yields the list of what was launched. What is
-    compiled is kept in memory and never in Triton's own cache, for no machine code is made of it.
+    They compile as they would on that GPU: divisibility by 16, numbers equal to 1, dtypes. Yields the list of
+    what was launched. execute: what to do with each. Triton's own cache is neither read nor written, for no
+    machine code is made here.
     """
     import triton
     from compile_gate import TARGETS, Gpu
@@ -140,22 +157,19 @@ def on_ptx(target: str, change=None, checks=None, executes=True):
         # kernels are kept by device number, and device 0 was another target a moment ago
         self.device_caches.clear()
         compiled = run(self, *args, grid=grid, warmup=True, **settings)
-        named = {**dict(zip(self.arg_names, args, strict=False)), **settings}
-        sizes = grid(named) if callable(grid) else grid
-        text = compiled.asm["ptx"]
-        text = change(text) if change else text
-        types = compiled.src.signature
+        named, types = {**dict(zip(self.arg_names, args, strict=False)), **settings}, compiled.src.signature
         values = [named[name] for name in self.arg_names if types.get(name, "constexpr") != "constexpr"]
-        meta = compiled.metadata
-        sizes = tuple(sizes) + (1,) * (3 - len(sizes))
-        launched.append(Launched(self.__name__, sizes, 32 * meta.num_warps, meta.shared, text))
-        if executes:
-            (kernel,) = parse(text).values()
-            run_kernel(kernel, sizes, (32 * meta.num_warps,), values, meta.shared, checks or Checks())
+        sizes = tuple(grid(named) if callable(grid) else grid)
+        threads, shared_bytes = 32 * compiled.metadata.num_warps, compiled.metadata.shared
+        one = Launch(
+            self.__name__, sizes + (1,) * (3 - len(sizes)), threads, shared_bytes, compiled.asm["ptx"], values
+        )
+        launched.append(one)
+        execute(one)
         return compiled
 
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = folder
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = _compiled()
         driver.set_active(Gpu(TARGETS[target]))
         JITFunction.run = launch
         # ptxas would take a third of the time, and nothing here reads its code

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pefast
-from pefast import recipe, training
+from pefast import recipe, reporting, training
 from pefast.progress import Watcher
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sentiment.yaml"
@@ -41,9 +41,13 @@ def learn(changes: dict) -> tuple[training.Run, dict]:
     _, before = training.score(run)
     fitted = training.fit(run, Watcher(console))
     logits, after = training.score(run)
-    folder = training.store(run, after | {"before": before} | fitted)
+    numbers = after | {"before": before} | fitted
+    folder = training.store(run, numbers)
+    scores = {"before": before, "after": after, "baseline": training.baseline(run)}
+    page = reporting.finish(run, folder, logits, scores, numbers)
     size = sum(file.stat().st_size for file in (folder / training.ADAPTER).rglob("*") if file.is_file())
     say(f"saved {folder}/{training.ADAPTER}, {size / 1e6:.1f} MB")
+    say(f"{page} shows what it learned, where it errs and what it cost")
     return run, {"before": before, "after": after, "logits": logits, "trainable": count, "total": total}
 
 

@@ -44,7 +44,7 @@ def train(
 
 
 def _train(wanted, resume: bool) -> None:
-    from .. import card, reporting, sources, training
+    from .. import reporting, sources, training
     from ..claim import is_first
     from ..progress import Watcher
 
@@ -71,9 +71,7 @@ def _train(wanted, resume: bool) -> None:
     _show(scores)
     console.print(f"saved to {folder}", markup=False, soft_wrap=True)
     if is_first():
-        facts = reporting.collect(run, folder, answers, scores, reporting.trained(run, numbers))
-        page, _ = reporting.write(folder, facts)
-        card.write(folder / training.ADAPTER, facts)
+        page = reporting.finish(run, folder, answers, scores, numbers)
         console.print(f"report: {page}", markup=False, soft_wrap=True)
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import jinja2
 
+from .. import card
 from ..gauges import PARTS
-from ..training import write_whole
+from ..trainer import ADAPTER
+from ..training import Run, write_whole
 from . import charts
-from .facts import REPORT
+from .facts import REPORT, collect, trained
 
 PAGE = "report.html"
 # signs that could turn the page's own text around, or hide, and say so instead
@@ -34,6 +36,16 @@ def write(folder: Path, facts: Mapping[str, object]) -> list[Path]:
     for name, content in contents.items():
         write_whole(folder / name, content)
     return [folder / name for name in contents]
+
+
+def finish(
+    run: Run, folder: Path, answers, scores: Mapping[str, object], numbers: Mapping[str, object]
+) -> Path:
+    """Writes report and model card of a run that has just been stored; returns the page's path. See `collect`
+    for the scores; `numbers` are those of metrics.json."""
+    facts = collect(run, folder, answers, scores, trained(run, numbers))
+    card.write(folder / ADAPTER, facts)
+    return write(folder, facts)[0]
 
 
 def page(facts: Mapping[str, object]) -> str:
@@ -76,10 +88,12 @@ def drawn(facts: Mapping[str, object]) -> dict[str, list[dict]]:
     shown = []
     for key, title in titles.items():
         series = _told_apart(curves.get(key, {}))
-        if key in ("loss", "tokens_per_second") and series:
+        # a point alone is no curve
+        if max(map(len, series.values()), default=0) < 2:
+            continue
+        if key in ("loss", "tokens_per_second"):
             series = {"as logged": series[key], "mean of ten": smoothed(series[key])}
-        if series:
-            shown.append({"title": title, "svg": charts.lines(series, "step", title), "names": list(series)})
+        shown.append({"title": title, "svg": charts.lines(series, "step", title), "names": list(series)})
     extra = []
     if found.get("points"):
         svg = charts.scatter(found["points"], "right", "answers")
@@ -107,9 +121,9 @@ def smoothed(points: list[list[float]], width: int = 10) -> list[list[float]]:
     return found
 
 
-def parts(trained: Mapping[str, object]) -> list[dict[str, object]]:
+def parts(measured: Mapping[str, object]) -> list[dict[str, object]]:
     """Each part of a step: its name, milliseconds of a mean step, and share of the time."""
-    step = trained.get("step", {})
+    step = measured.get("step", {})
     seconds, measured = step.get("seconds", {}), step.get("measured", 0)
     total = sum(seconds.values())
     if not measured or not total:

@@ -14,5 +14,6 @@ T* at(uintptr_t address) {
 
 void bind_attention(pybind11::module_& m);
 void bind_delta_linear(pybind11::module_& m);
+void bind_product(pybind11::module_& m);
 
 }  // namespace pefast

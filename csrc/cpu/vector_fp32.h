@@ -87,22 +87,33 @@ struct Vector {
         alignas(16) uint16_t near[WIDTH] = {};
         const int there = _mm256_movemask_ps(_mm256_castsi256_ps(mask.bits));
         const uint16_t* source = &from->bits;
-        if (there == 0xff)
-            std::memcpy(near, source, sizeof near);
-        else
+        if (there != 0xff)
             for (int i = 0; i < WIDTH; ++i)
                 if (there >> i & 1) near[i] = source[i];
-        const __m256i wide = _mm256_cvtepu16_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(near)));
-        return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(there == 0xff ? source : near));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
     }
     void store(float* to) const { _mm256_storeu_ps(to, v); }
     void store(float* to, Mask mask) const { _mm256_maskstore_ps(to, mask.bits, v); }
     void store(bf16* to, Mask mask) const {
-        alignas(32) float near[WIDTH];
-        _mm256_store_ps(near, v);
+        const __m256i bits = _mm256_castps_si256(v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        // rounding could carry a NaN into another number
+        const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+        const __m256i right = _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
+        const __m256i high = _mm256_srli_epi32(right, 16);
+        const __m128i rounded =
+            _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
         const int there = _mm256_movemask_ps(_mm256_castsi256_ps(mask.bits));
+        if (there == 0xff) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to), rounded);
+            return;
+        }
+        alignas(16) uint16_t near[WIDTH];
+        _mm_store_si128(reinterpret_cast<__m128i*>(near), rounded);
         for (int i = 0; i < WIDTH; ++i)
-            if (there >> i & 1) narrow(near[i], to + i);
+            if (there >> i & 1) to[i].bits = near[i];
     }
     static Vector plus_product(Vector a, Vector b, Vector sum) { return {_mm256_fmadd_ps(a.v, b.v, sum.v)}; }
     static Vector plus(Vector a, Vector b) { return {_mm256_add_ps(a.v, b.v)}; }

@@ -53,9 +53,9 @@ double o_of(const Attention<T>& f, int64_t b, int64_t h, int64_t l, int64_t d) {
 template <class T>
 bool one_case(double step) {
     AttentionForm form = {};
-    form.B = any(1, 3), form.G = any(1, 2), form.H = form.G * any(1, 3),
-    form.L = any(1, any(0, 9) ? 40 : 200);
-    form.S = form.L + (any(0, 1) ? any(0, 40) : 0), form.P = any(0, 1) ? any(1, 40) : 0, form.D = any(1, 80);
+    form.B = any(1, 3), form.G = any(1, 2), form.H = form.G * any(1, 3), form.L = sized(1, 40, 200);
+    form.S = form.L + (any(0, 1) ? sized(0, 20, 80) : 0), form.P = any(0, 1) ? any(1, 40) : 0,
+    form.D = sized(1, 40, 100);
     const auto [B, H, G, L, S, P, D] =
         std::array<int64_t, 7>{form.B, form.H, form.G, form.L, form.S, form.P, form.D};
     const bool shared = any(0, 1), apart = any(0, 1);

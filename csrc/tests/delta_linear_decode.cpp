@@ -16,7 +16,8 @@ using namespace pefast;
 namespace {
 
 bool one_case() {
-    const int64_t M = any(1, DECODE_ROWS), N = any(1, 150), K = any(1, 300), ldx = K + any(0, 1) * any(0, 40);
+    const int64_t M = any(1, DECODE_ROWS), N = sized(1, 70, 150), K = sized(1, 100, 600),
+                  ldx = K + any(0, 1) * any(0, 40);
     const int64_t strips = (N + 31) / 32;
     Guarded<bf16> x((M - 1) * ldx + K), w(N * K), packed(packed_size(K, N));
     Guarded<float> bias(N);
@@ -27,7 +28,7 @@ bool one_case() {
     std::deque<Guarded<bf16>> a, b;
     std::vector<int64_t> ranks;
     for (int i = 0; i < 3; ++i) {
-        const int64_t R = any(1, 40), pairs = (R + 1) / 2;
+        const int64_t R = sized(1, 20, 70), pairs = (R + 1) / 2;
         ranks.push_back(R);
         fill(a.emplace_back(R * K).at, R, K, K);
         bf16* to = b.emplace_back(strips * pairs * 64).at;

@@ -22,7 +22,7 @@ bool kept(const Draw& draw, int64_t row, int64_t column) {
 
 template <class T>
 bool one_case(Scalar type) {
-    const int64_t M = any(0, 12), K = any(0, 9) ? any(0, 400) : any(0, 9000), ldx = K + any(0, 20);
+    const int64_t M = any(0, 12), K = sized(0, 300, 9000), ldx = K + any(0, 20);
     const int64_t room = M && K ? (M - 1) * ldx + K : 0;
     const bool first = any(0, 2), second = !first || any(0, 1);
     const double p = any(0, 9) * 0.1, scale = 1 / (1 - p);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <random>
+#include <vector>
 
 #include "../cpu/types.h"
 
@@ -17,6 +18,9 @@ std::mt19937 generator(1);
 inline int64_t any(int64_t low, int64_t high) {
     return std::uniform_int_distribution<int64_t>(low, high)(generator);
 }
+
+// a size: small, so that a case takes little time and edges are met often, and one time in sixteen up to the most
+inline int64_t sized(int64_t low, int64_t small, int64_t most) { return any(low, any(0, 15) ? small : most); }
 
 // numbers between two forbidden pages, against the one or the other
 template <class T>
@@ -42,11 +46,27 @@ class Guarded {
     size_t size;
 };
 
+// normal numbers, drawn once: a case that draws its own spends half of its time there
+inline const std::vector<float>& normal_numbers() {
+    static const std::vector<float> numbers = [] {
+        std::normal_distribution<float> normal;
+        // a prime: rows of no usual length repeat one another
+        std::vector<float> made(65521);
+        for (float& number : made) number = normal(generator);
+        return made;
+    }();
+    return numbers;
+}
+
 template <class T>
 void fill(T* to, int64_t rows, int64_t columns, int64_t ld) {
-    std::normal_distribution<float> normal;
+    const std::vector<float>& numbers = normal_numbers();
+    size_t next = any(0, numbers.size() - 1);
     for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < columns; ++c) narrow(normal(generator), to + r * ld + c);
+        for (int64_t c = 0; c < columns; ++c) {
+            narrow(numbers[next], to + r * ld + c);
+            if (++next == numbers.size()) next = 0;
+        }
 }
 
 }  // namespace

@@ -1,12 +1,14 @@
-"""delta_linear by csrc/cpu/delta_linear_thin*: PyTorch's product, and all of the LoRA in one pass beside it.
+"""delta_linear by csrc/cpu/delta_linear_thin*: a frozen product, and all of the LoRA in one pass beside it.
 
-For CPUs without AMX, fp32 and bf16. Formula: pefast/ops/delta_linear.py.
+For CPUs without AMX, fp32 and bf16. The frozen product is PyTorch's, or csrc/cpu/delta_linear_product* where
+that multiplies bf16 faster; layers with nothing beside them are then taken too.
+Formula: pefast/ops/delta_linear.py.
 """
 
 import torch
 from torch import Tensor
 
-from pefast.native import WHY_NOT, C, register_one_lora, rows_of, through_the_registry
+from pefast.native import WHY_NOT, C, packs, register_one_lora, rows_of, through_the_registry
 
 HERE = C is not None and C.thin_here()
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -24,7 +26,7 @@ def why_not(call) -> str:
         return f"needs a CPU, x is on {x.device} and the weight on {w.device}"
     if x.dtype not in _TYPES or w.dtype is not x.dtype:
         return f"takes float32 and bfloat16, x is {_name(x.dtype)} and the weight {_name(w.dtype)}"
-    if len(segments) != 1:
+    if len(segments) > 1 or not (segments or _multiplies(x.dtype)):
         return f"takes one segment, here are {len(segments)}"
     if call.gain is not None:
         return "has no output gain"
@@ -32,7 +34,7 @@ def why_not(call) -> str:
         return f"takes no empty weight, w is {list(w.shape)}"
     if (w.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled():
         return "takes a frozen weight and bias, here one of them trains"
-    return _why_not_segment(segments[0])
+    return _why_not_segment(segments[0]) if segments else ""
 
 
 def _why_not_segment(s) -> str:
@@ -61,8 +63,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether the frozen product is csrc's and not PyTorch's."""
+    return dtype is torch.bfloat16 and C.product_here()
+
+
 def forward(call) -> tuple[Tensor, list[tuple[Tensor, None]]]:
-    """y [M, N] and [(h [M, R], None)], in x's dtype."""
+    """y [M, N] and [(h [M, R], None)], in x's dtype; no pair where there is no segment."""
+    if not call.segments:
+        run = torch.ops.pefast.frozen_product if through_the_registry(call.x) else _product
+        return run(call.x, call.w, call.bias, False), []
     s = call.segments[0]
     run = torch.ops.pefast.delta_linear_thin if through_the_registry(call.x) else _forward
     seed = call.seed if s.dropout else None
@@ -72,6 +82,9 @@ def forward(call) -> tuple[Tensor, list[tuple[Tensor, None]]]:
 
 def backward(call, saved, dy: Tensor, needs):
     """dx, None, None, None and [(da, db, None, None, None)]; None for what is not needed."""
+    if not call.segments:
+        run = torch.ops.pefast.frozen_product if through_the_registry(dy) else _product
+        return run(dy, call.w, None, True), None, None, None, []
     s, (need_a, need_b, *_) = call.segments[0], needs.segments[0]
     run = torch.ops.pefast.delta_linear_thin_backward if through_the_registry(dy) else _backward
     asked, seed = (needs.x, need_a, need_b), call.seed if s.dropout else None
@@ -88,7 +101,7 @@ def _check_here() -> None:
 def _forward(x, w, bias, a, b, scale, p, seed):
     _check_here()
     (m, k), (n, r) = x.shape, b.shape
-    y = torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
+    y = _product(x, w, bias, False)
     x, a, b = rows_of(x), _fp32(a), _fp32(b)
     h = x.new_empty((m, r))
     waist = (a.data_ptr(), b.data_ptr(), r, scale, p, 0 if seed is None else seed.data_ptr())
@@ -100,7 +113,7 @@ def _forward(x, w, bias, a, b, scale, p, seed):
 def _backward(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
     _check_here()
     (m, k), (n, r) = x.shape, b.shape
-    dx = torch.mm(dy, w) if need_x else dy.new_empty(0)
+    dx = _product(dy, w, None, True) if need_x else dy.new_empty(0)
     da = dy.new_empty((r, k) if need_a else 0, dtype=torch.float32)
     db = dy.new_empty((n, r) if need_b else 0, dtype=torch.float32)
     dy, x, h, wide_a, wide_b = rows_of(dy), rows_of(x), h.contiguous(), _fp32(a), _fp32(b)
@@ -112,8 +125,40 @@ def _backward(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
     return dx, da.to(a.dtype), db.to(b.dtype)
 
 
+def _product(x: Tensor, w: Tensor, bias: Tensor | None, for_dx: bool) -> Tensor:
+    """x wᵀ + bias [M, N]; or x w [M, K], x being dy."""
+    if not _multiplies(x.dtype):
+        if for_dx:
+            return torch.mm(x, w)
+        return torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
+    x, (n, k), threads = rows_of(x), w.shape, torch.get_num_threads()
+    bias = None if bias is None else _fp32(bias)
+    m = x.shape[0]
+    y = x.new_empty((m, k if for_dx else n))
+
+    def pack():
+        made = x.new_empty(C.product_packed_size(n, k) if for_dx else C.product_packed_size(k, n))
+        return made, C.product_pack(w.data_ptr(), *w.stride(), n, k, for_dx, made.data_ptr(), threads)
+
+    ldx, on_bias = x.stride(0) if m > 1 else x.shape[1], 0 if bias is None else bias.data_ptr()
+    while True:
+        packed, mark = packs.packed(w, ("product", for_dx), pack)
+        place = (w.data_ptr(), *w.stride(), mark)
+        given = (x.data_ptr(), ldx, place, for_dx, packed.data_ptr(), on_bias)
+        if C.product(*given, y.data_ptr(), (m, n, k), threads):
+            return y
+        packs.drop(w)
+
+
 def _fp32(t: Tensor) -> Tensor:
     return t.to(torch.float32).contiguous()
 
 
 _LIBRARY = register_one_lora("delta_linear_thin", _forward, _backward)
+_LIBRARY.define("frozen_product(Tensor x, Tensor w, Tensor? bias, bool for_dx) -> Tensor")
+_LIBRARY.impl("frozen_product", _product, "CPU")
+
+
+@torch.library.register_fake("pefast::frozen_product", lib=_LIBRARY)
+def _(x, w, bias, for_dx):
+    return x.new_empty((x.shape[0], w.shape[1 if for_dx else 0]))

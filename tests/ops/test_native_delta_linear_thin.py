@@ -168,3 +168,52 @@ def test_the_operators_pass_opcheck():
     h = native.forward(call)[1][0][0]
     given = (dy, call.x, call.w, s.a, s.b, h, s.scale, s.dropout, call.seed, True, True, False)
     torch.library.opcheck(torch.ops.pefast.delta_linear_thin_backward.default, given)
+
+
+def frozen(m, k, n, bias=True):
+    """A bf16 layer with nothing beside it, as a call, and a gradient of its result."""
+    call, dy = one_lora.make((m, k, n, 1), torch.bfloat16, 0.0, bias, 0, False, torch.float32)
+    return call._replace(segments=()), dy
+
+
+def both_products(call, dy):
+    """x wᵀ + bias and dy w, by csrc."""
+    y, saved = native.forward(call)
+    assert saved == []
+    return {"y": y, "dx": native.backward(call, saved, dy, one_lora.ALL)[0]}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 130, 49), (64, 257, 96), (200, 96, 500)], ids=str)
+def test_a_frozen_layer_in_bf16(shape):
+    call, dy = frozen(*shape)
+    assert native.why_not(call) == ""
+    got = both_products(call, dy)
+    x, w, dy = call.x, call.w.detach(), dy
+    near = {"y": torch.nn.functional.linear(x, w, call.bias.to(x.dtype)), "dx": dy @ w}
+    exact = {"y": x.double() @ w.double().t() + call.bias.double(), "dx": dy.double() @ w.double()}
+    for name in exact:
+        assert_no_worse(name, got[name], near[name], exact[name])
+
+
+def test_the_frozen_product_has_the_same_bits_for_any_number_of_threads():
+    for m in (3, 64, 300):
+        call, dy = frozen(m, 200, 150)
+        one_lora.assert_same_bits(lambda call=call, dy=dy: both_products(call, dy))
+
+
+@pytest.mark.parametrize(
+    "write", [lambda w: w.data.zero_(), lambda w: w.detach().zero_()], ids=["data", "version"]
+)
+def test_the_frozen_product_sees_a_write_to_the_weight(write):
+    call, dy = frozen(20, 64, 48, bias=False)
+    assert both_products(call, dy)["y"].any()
+    write(call.w)
+    got = both_products(call, dy)
+    assert not got["y"].any() and not got["dx"].any()
+
+
+def test_a_library_that_multiplies_bf16_faster_computes_the_product(monkeypatch):
+    call, dy = make_call((33, 65, 63, 8), torch.bfloat16)
+    monkeypatch.setattr(native, "_multiplies", lambda dtype: False)
+    assert_close(run(call, dy), call, dy)
+    assert "one segment" in native.why_not(call._replace(segments=()))

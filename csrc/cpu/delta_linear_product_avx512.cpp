@@ -1,0 +1,7 @@
+#include "delta_linear_product_loops.h"
+
+namespace pefast {
+
+void product_avx512(const Product& call, int threads) { all_rows(call, threads); }
+
+}  // namespace pefast

@@ -57,7 +57,7 @@ def facts(run):
 class Seen(HTMLParser):
     """The tags, attributes and text of a page; an end that is not the last beginning's is an error."""
 
-    VOID = ("meta", "br", "polyline", "circle", "line", "rect")
+    VOID = ("meta", "br", "polyline", "circle", "line")
 
     def __init__(self, content):
         super().__init__()

@@ -17,10 +17,9 @@ class Fault(NamedTuple):
         return ptx[: self.begin] + self.text + ptx[self.end :]
 
 
-# name: (the instruction, what takes its place). Every wait, barrier, fence and exchange that is made by hand
+# name: (the instruction, what takes its place)
 KINDS = {
     "barrier removed": (r"bar\.sync\s+0;", ""),
-    "barrier of a warp only": (r"bar\.sync\s+0;", "bar.warp.sync 0xffffffff;"),
     "copies not waited for": (r"cp\.async\.wait_group\s+\S+;", ""),
     "one copy too few waited for": (r"cp\.async\.wait_group\s+(\S+);", "cp.async.wait_group {plus_one};"),
     "copies not committed": (r"cp\.async\.commit_group\s*;", ""),
@@ -35,7 +34,11 @@ KINDS = {
     "matrices transposed": (r"(ldmatrix\.sync\.aligned\.m8n8\.x\d)(\.shared\.b16)", "{0}.trans{1}"),
     "store without its mask": (r"@!?%p\d+ (st\.global)", "{0}"),
     "load without its mask": (r"@!?%p\d+ (ld\.global)", "{0}"),
-    "sums rounded down": (r"cvt\.rn\.bf16x2\.f32", "cvt.rz.bf16x2.f32"),
+    "sum begun anew": (
+        r"(mma\.sync[^;]*), \{[^{};]*\};",
+        "{0}, {{ 0f00000000, 0f00000000, 0f00000000, 0f00000000 }};",
+    ),
+    "product subtracted": (r"(wgmma\.mma_async[^;]*\}[^;]*, )1(, 1[^;]*;)", "{0}-1{1}"),
 }
 
 

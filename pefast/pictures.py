@@ -1,12 +1,15 @@
 """What a search found, drawn: how the best value grew, what each key did to it, and which key mattered."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import recipe
 
 FORMS = ("svg", "png")
+# so many numbers stand side by side, more on an axis
+FEW = 6
 
 
 def draw(study, trials: Sequence, folder: Path) -> list[Path]:
@@ -50,15 +53,23 @@ def _slice(figure_of, trials: Sequence):
     for axes, key in zip(figure.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
         pairs = [(recipe.label(trial.changes[key]), trial.value) for trial in trials if key in trial.changes]
         numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x, _ in pairs)
-        places = [x if numbers else str(x) for x, _ in pairs]
-        axes.plot(places, [value for _, value in pairs], "o", alpha=0.7)
-        if numbers and min(places) > 0 and max(places) > 20 * min(places):
-            axes.set_xscale("log")
-        if not numbers:
-            axes.tick_params(axis="x", labelrotation=20, labelsize=7)
+        if numbers and len({x for x, _ in pairs}) > FEW:
+            axes.plot(*zip(*pairs, strict=True), "o", alpha=0.7)
+            low, high = min(x for x, _ in pairs), max(x for x, _ in pairs)
+            axes.set_xscale("log" if low > 0 and high > 20 * low else "linear")
+        else:
+            pairs.sort(key=lambda pair: pair if numbers else str(pair[0]))
+            axes.plot([_word(x) for x, _ in pairs], [value for _, value in pairs], "o", alpha=0.7)
+            axes.margins(x=0.2)
+            axes.tick_params(axis="x", labelsize=7)
         axes.set_xlabel(key)
     figure.axes[0].set_ylabel("metric")
     return figure
+
+
+def _word(choice: object) -> str:
+    """A choice as it stands under an axis, a method's braces taken off."""
+    return re.sub(r"method: |[\[\]{}]", "", f"{choice:.3g}" if isinstance(choice, float) else str(choice))
 
 
 def _weights(study, trials: Sequence) -> dict[str, float]:

@@ -40,6 +40,11 @@ class Trial(NamedTuple):
     value: float  # mean of the task's metric over the folds, or that of the validation rows; NaN: no number
     values: tuple[float, ...]  # of each fold
     trained: int  # parameters, the task head's among them
+    why: str  # of a trial without a number
+
+
+class Lost(Exception):
+    """A setting that no training could take, such as a threshold above every score."""
 
 
 class Found(NamedTuple):
@@ -88,6 +93,7 @@ def ended(study) -> list[Trial]:
             math.nan if trial.value is None else trial.value,
             tuple(trial.user_attrs.get("values", ())),
             trial.user_attrs.get("trained", 0),
+            trial.user_attrs.get("why", ""),
         )
         for number, trial in enumerate(done, 1)
     ]
@@ -100,7 +106,7 @@ def best(trials: Sequence[Trial]) -> Trial:
     """
     numbers = [trial for trial in trials if not math.isnan(trial.value)]
     if not numbers:
-        raise ValueError("search: no trial ended with a number; smaller learning rates may help")
+        raise ValueError(f"search: no trial came to a number; the last one: {trials[-1].why}")
     return max(numbers, key=lambda trial: (trial.value, -trial.trained))
 
 
@@ -144,7 +150,7 @@ def _same(recipe: Recipe, began: str) -> None:
 
 
 def _next(study, recipe: Recipe) -> None:
-    """One more trial; it is PRUNED where its loss ceased to be a number."""
+    """One more trial; it is PRUNED where it came to no number."""
     from optuna.samplers import TPESampler
     from optuna.trial import TrialState
 
@@ -158,12 +164,10 @@ def _next(study, recipe: Recipe) -> None:
     start = time.perf_counter()
     try:
         values, trained = _judged(wanted, recipe.search.folds)
-    except FloatingPointError:
+    except (FloatingPointError, Lost) as error:
+        trial.set_user_attr("why", str(error))
         study.tell(trial, state=TrialState.PRUNED)
         return
-    except ValueError as error:
-        study.tell(trial, state=TrialState.FAIL)
-        raise ValueError(f"search: trial {done + 1} with {changes} cannot be: {error}") from error
     trial.set_user_attr("values", values)
     trial.set_user_attr("trained", trained)
     trial.set_user_attr("seconds", time.perf_counter() - start)
@@ -215,12 +219,18 @@ def _check(recipe: Recipe) -> None:
         values = axis[:2] if isinstance(axis, Range) else axis
         for choice in tried if key != "methods" else [recipe.methods]:
             for value in values:
-                laid_over = {"methods": choice, key: value}
                 try:
-                    for method in recipes.methods(recipes.changed(bare, laid_over)):
-                        method.check()
+                    _check_methods(recipes.changed(bare, {"methods": choice, key: value}))
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"search.space.{key}: {error}") from None
+
+
+def _check_methods(recipe: Recipe) -> None:
+    for method in recipes.methods(recipe):
+        if method.kind == "importance":
+            # a training gives it batches of its own
+            method.batches = ()
+        method.check()
 
 
 def _judged(recipe: Recipe, folds: int) -> tuple[list[float], int]:
@@ -235,7 +245,10 @@ def _judged(recipe: Recipe, folds: int) -> tuple[list[float], int]:
             part = dataclasses.replace(run, train=train, valid=[] if folds else run.valid)
             # every fold begins with the same numbers
             transformers.set_seed(recipe.training.seed)
-            training.attach(part)
+            try:
+                training.attach(part)
+            except ValueError as error:
+                raise Lost(error) from error
             trained = training.trainable(run.model)[0]
             training.fit(part, Watcher(Console(quiet=True)))
             values.append(float(training.score(part, held)[1][run.task.METRIC]))

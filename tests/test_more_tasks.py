@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+import pefast
 from pefast import recipe, tasks, training
 from pefast.progress import Watcher
 from pefast.tasks import (
@@ -16,9 +17,11 @@ from pefast.tasks import (
     question_answering,
     regression,
     rows,
+    sequence_to_sequence,
     token_classification,
 )
 from tests import tiny_run
+from tests.models import stir
 from tests.tiny_run import BAD, FILLER, GOOD
 
 ROWS = 240
@@ -180,6 +183,38 @@ def test_an_answer_beyond_the_first_window_is_found(tokenizer):
     for feature in features:
         assert feature["start_positions"] == feature["end_positions"]
         assert feature["input_ids"][feature["start_positions"]] == good
+
+
+def test_a_question_that_is_too_long_is_cut(folder, tokenizer):
+    model = question_answering.model(folder / "model", {}, torch.float32)
+    row = {"question": "the film " * 40, "context": "it was a good story " * 4}
+    (said,) = question_answering.predict(model, tokenizer, [row], 16)
+    assert said in row["context"]
+    for window in question_answering._windows(row, tokenizer, 16):
+        assert len(window.inputs["input_ids"]) <= 16 and window.places
+
+
+def test_texts_of_several_adapters_in_one_batch(folder):
+    """Each row is written by its own adapter, or by the base model, as it is alone."""
+    for task, base, methods in (
+        (causal_generation, "llama", [pefast.LoRA(rank=2), pefast.Prefix(tokens=3)]),
+        (sequence_to_sequence, "t5", [pefast.LoRA(rank=2), pefast.LoRA(rank=4)]),
+    ):
+        pieces = AutoTokenizer.from_pretrained(folder / base)
+        model = task.model(folder / base, {}, torch.float32)
+        for name, method in zip(("one", "two"), methods, strict=True):
+            torch.manual_seed(len(name))
+            stir(pefast.attach(model, method, name), size=0.5)
+        pick, names = random.Random(0), ["one", "two", None] * 3
+        rows = [{"text": " ".join(words(pick, 2 + index)), "label": "good"} for index in range(len(names))]
+        together = task.predict(model, pieces, rows, 16, 4, names)
+        for row, name, text in zip(rows, names, together, strict=True):
+            pefast.activate(model, name)
+            (alone,) = task.predict(model, pieces, [row], 16)
+            assert str(getattr(text, "text", text)) == str(getattr(alone, "text", alone))
+            if task is causal_generation:
+                assert text.log_likelihood == pytest.approx(alone.log_likelihood, rel=1e-4)
+        assert len({str(getattr(text, "text", text)) for text in together}) > 3
 
 
 def test_regression_answers_in_the_labels_unit():

@@ -143,8 +143,22 @@ def test_folds_judge_and_a_loss_that_is_no_number_is_a_trial_that_lost(folder):
     found = search.search(settled(folder, "folds", **changes))
     lost = [trial for trial in found.trials if math.isnan(trial.value)]
     assert lost and all(trial.changes == {"training.lr": 1e30} for trial in lost)
+    assert all("a smaller training.lr may help" in trial.why for trial in lost)
     assert found.best.changes == {"training.lr": 0.02} and len(found.best.values) == 2
     assert found.best.value == pytest.approx(sum(found.best.values) / 2)
+
+
+def test_a_threshold_on_importance_is_a_key_as_any(folder):
+    methods = [{"method": "importance", "unit": "row", "threshold": 1e-9}]
+    space = {"trials": 3, "space": {"methods.0.threshold": [1e-9, 3e-3, 1e9]}, "seed": 4}
+    found = search.search(settled(folder, "threshold", search=space, methods=methods))
+    lines = {trial.changes["methods.0.threshold"]: trial for trial in found.trials}
+    assert len(lines) == 3 and "no row scores above 1e+09" in lines.pop(1e9).why
+    pairs = sorted((line, trial.trained) for line, trial in lines.items())
+    # a higher line leaves less to train
+    assert [trained for _, trained in pairs] == sorted((trained for _, trained in pairs), reverse=True)
+    assert pairs[0][1] > pairs[-1][1] > 0
+    assert recipe.read(found.recipe).methods[0]["threshold"] == found.best.changes["methods.0.threshold"]
 
 
 def test_folds_and_splits_are_stratified():

@@ -58,7 +58,7 @@ def _search(wanted, resume: bool) -> None:
 
     def seen(trial) -> None:
         setting = ", ".join(f"{key}={_short(value)}" for key, value in trial.changes.items())
-        said = f"{trial.value:.3f}" if trial.values else "the loss was no number"
+        said = f"{trial.value:.3f}" if trial.values else f"lost ({trial.why})"
         console.print(f"trial {trial.number} of {wanted.search.trials}: {said}  {setting}", soft_wrap=True)
 
     try:

@@ -19,8 +19,8 @@ the task's own form (logits, a tag a word, a span, a text). A task is a module w
     metrics(answers, rows, names)                  the numbers that `pefast evaluate` prints
     say(answers, names)                            one dictionary an answer, for people and for JSON
 
-and where a task is built on another one: OVER, whose rows and answers its own are once it has marked its rows,
-and HEAD, whose head and logits its own are, so that a batch may mix the two.
+and where a task is built on another one: OVER, whose rows and answers its own are once they are marked, and
+HEAD, whose head and logits its own are, so that a batch may mix the two.
 """
 
 from importlib import import_module

@@ -69,9 +69,16 @@ class _Window:
         self.places = places  # token of the context: its first and last letter there
 
 
+def _question(row: Row, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
+    """The question, cut at `most` tokens: its context needs room."""
+    text = str(row["question"])
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return text if len(places) <= most else text[: places[most - 1][1]]
+
+
 def _windows(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[_Window]:
     encoded = tokenizer(
-        str(row["question"]),
+        _question(row, tokenizer, max_length // 2),
         str(row["context"]),
         truncation="only_second",
         max_length=max_length,

@@ -14,7 +14,7 @@ from .dropout import mask_numbers
 from .launch import INTERPRETED, checked, through_the_registry, why_not_here
 
 # the widest head whose tiles fit on chip
-MOST_D = 256
+MOST_D = 128
 
 
 def refuse(call) -> str:

@@ -316,7 +316,8 @@ def towards_keys(
     for number in range(H // G):
         h = (g * (H // G) + number).to(tl.int64)
         q_first, do_first = q_ptr + b * stride_qb + h * stride_qh, do_ptr + b * stride_db + h * stride_dh
-        for l in range(begin, L, BLOCK_L):
+        # beside a mask, what is hoisted out of the loop no longer fits into registers
+        for l in tl.range(begin, L, BLOCK_L, disable_licm=DROPOUT):
             offs_l = l + tl.arange(0, BLOCK_L)
             mask = (offs_l < L)[:, None] & mask_d
             wide = offs_l[:, None].to(tl.int64)

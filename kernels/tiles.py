@@ -38,7 +38,7 @@ def whole(m: int, dtype, slots: int) -> dict:
     """Of y with the waist beside it."""
     rows = 16 if m <= 16 else 64
     if dtype == torch.float32:
-        return _sizes(8, 2, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
+        return _sizes(8, 2, BLOCK_M=min(rows, 32), BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
     if m <= 64:
         return _sizes(4, 3, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
     return _sizes(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
@@ -63,7 +63,7 @@ def decode_strips(n: int, k: int, dtype) -> tuple[int, int]:
 def back(m: int, dtype, slots: int) -> dict:
     """Of dx with dz beside it, and BLOCK_U columns of db behind."""
     if dtype == torch.float32:
-        return _sizes(8, 2, BLOCK_M=16 if m <= 16 else 64, BLOCK_K=128, BLOCK_N=32, BLOCK_U=32, GROUP_M=8)
+        return _sizes(8, 2, BLOCK_M=16 if m <= 16 else 32, BLOCK_K=128, BLOCK_N=32, BLOCK_U=32, GROUP_M=8)
     rows = 64 if slots <= 16 else 16 if slots <= 32 else 32
     return _sizes(8, 3, BLOCK_M=rows, BLOCK_K=128, BLOCK_N=32, BLOCK_U=64, GROUP_M=8)
 

@@ -68,7 +68,7 @@ def test_refuses_in_words(device):
     call = Call(*t, None, False, 1.0, 0.0, None, None)
     assert hand.refuse(call) == ""
     assert "q is float64" in hand.refuse(call._replace(q=t[0].double()))
-    assert "up to 256 wide" in hand.refuse(call._replace(q=torch.empty(1, 1, 1, 257, device=device)))
+    assert "up to 128 wide" in hand.refuse(call._replace(q=torch.empty(1, 1, 1, 129, device=device)))
     assert "one is on meta" in hand.refuse(call._replace(k=t[1].to("meta")))
 
 

@@ -25,6 +25,7 @@ from pefast.layers.router import Router
 from pefast.methods import METHODS
 from pefast.methods.places import hosts
 from pefast.methods.replacing import refuse_overlap
+from pefast.sharded import refuse_shards
 
 
 class Attached:
@@ -65,6 +66,7 @@ def attach(model: nn.Module, method, name: str = "default", *, head: bool | int 
     """
     methods = list(method) if isinstance(method, Sequence) else [method]
     state = getattr(model, "_pefast", None)
+    refuse_shards("attach", model)
     _check_attach(methods, name, state)
     if not isinstance(head, int) or head < 0 or (head is not True and head and not heads(model)):
         raise ValueError(
@@ -163,6 +165,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     Raises ValueError for a name that is not attached, or inside a route.
     """
     state = attached(model, "detach")
+    refuse_shards("detach", model)
     if name is not None:
         _known(state, (name,), "detach")
     _unrouted(state, "detach")
@@ -303,6 +306,7 @@ def merge(model: nn.Module) -> nn.Module:
     method cannot merge. `export` writes such a model for transformers alone.
     """
     state = attached(model, "merge")
+    refuse_shards("merge", model)
     names = state.router.active
     if state.merged:
         raise ValueError("merge: the model is merged already")

@@ -23,8 +23,8 @@ def refuse_shards(who: str, model: nn.Module) -> None:
     """Raises ValueError where what would be changed is spread over processes."""
     if is_sharded(model):
         raise ValueError(
-            f"{who}: this {type(model).__name__} is sharded over processes; before fully_shard, or on a model"
-            " that is loaded in one process, would be right"
+            f"{who}: this {type(model).__name__} is spread over processes; before fully_shard, or on a model"
+            " that is loaded whole, would be right"
         )
 
 
@@ -39,14 +39,17 @@ def whole(model: nn.Module, without: tuple[str, ...]) -> Iterator[bool]:
         return
     from torch import distributed
 
-    shards = []
+    shards, found = [], {}
+    base = {id(model.get_parameter(name)) for name in without}
     try:
-        for path, module in model.named_modules():
+        for module in model.modules():
             for name, own in module._parameters.items():
-                if own is None or not is_shard(own) or f"{path}.{name}".lstrip(".") in without:
+                if own is None or not is_shard(own) or id(own) in base:
                     continue
+                if id(own) not in found:
+                    found[id(own)] = nn.Parameter(own.detach().full_tensor(), own.requires_grad)
                 shards.append((module, name, own))
-                module._parameters[name] = nn.Parameter(own.detach().full_tensor(), own.requires_grad)
+                module._parameters[name] = found[id(own)]
         yield distributed.get_rank() == 0
     finally:
         for module, name, own in shards:

@@ -39,6 +39,9 @@ def room(w: Tensor, form: Hashable, size: int) -> bool:
     packs = getattr(w.untyped_storage(), "pefast_packs", {})
     if (w.data_ptr(), w.stride(), w.shape, form) in packs:
         return True
+    # a pack of where it lay before gives its room to the next
+    if any(place[1:] == (w.stride(), w.shape, form) for place in packs):
+        return True
     free, whole = _memory()
     return free - size > whole / 4
 

@@ -8,7 +8,7 @@ VENV ?= .venv
 # the CPU build where pip is set up to find it; elsewhere see README, "Installing"
 TORCH ?= torch==2.13.0
 # triton brings no CUDA; without a GPU it runs the tests of the kernels in its interpreter
-EXTRAS ?= train,tasks,search,gguf,triton,test,dev
+EXTRAS ?= train,tasks,search,gguf,triton,test,dev,docs
 
 BIN := $(VENV)/bin
 RELEASE := $(shell $(PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
@@ -19,11 +19,11 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive $(BIN)/python
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test ladder style format bench bench-smoke clean
+.PHONY: help environment demo test ladder style format bench bench-smoke docs clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
-	@echo "also: make environment | style | format | bench | bench-smoke | clean; make demo QUICK=1 takes about a minute"
+	@echo "also: make environment | style | format | bench | bench-smoke | docs | clean; make demo QUICK=1 takes about a minute"
 
 environment: $(INSTALLED)
 
@@ -57,6 +57,10 @@ bench: environment
 # one round each: shows that every benchmark runs, measures nothing
 bench-smoke: environment
 	$(RUN) -m pytest -q benchmarks --benchmark-disable
+
+# the pages of docs/ as a site in out/docs; a warning is an error
+docs: environment
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 clean:
 	rm -rf build out *.egg-info .pytest_cache .ruff_cache .benchmarks pefast/*.so pefast/native/why_not.txt $(INSTALLED)

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import delta_linear_gradients as gradients
 from . import delta_linear_products as products
 from . import forms, tiles, triton
-from .launch import INTERPRETED, checked, through_the_registry, why_not_here
+from .launch import DTYPES, INTERPRETED, checked, through_the_registry, why_not_here
 from .waist import EVERY, Layout, Part, Places, arrange, down, fill, inner_bias, place, up
 
 
@@ -35,6 +35,8 @@ def refuse(call) -> str:
     for tensor in tensors:
         if tensor is not None and tensor.device != device:
             return f"needs every tensor on {device}, one is on {tensor.device}"
+        if tensor is not None and tensor is not call.ids and tensor.dtype not in DTYPES:
+            return f"takes float32, bfloat16 and float16, one tensor is {str(tensor.dtype).removeprefix('torch.')}"
     return ""
 
 

@@ -36,7 +36,7 @@ def refuse(call) -> str:
         if tensor is not None and tensor.device != device:
             return f"needs every tensor on {device}, one is on {tensor.device}"
         if tensor is not None and tensor is not call.ids and tensor.dtype not in DTYPES:
-            return f"takes float32, bfloat16 and float16, one tensor is {str(tensor.dtype).removeprefix('torch.')}"
+            return f"takes float32, bfloat16 and float16, one tensor is {tensor.dtype}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Without a GPU and outside the interpreter every Triton hand refuses in words, before triton sees the call."""
+"""Without a GPU and outside the interpreter every Triton hand refuses in words, before triton is asked."""
 
 import os
 

@@ -194,7 +194,7 @@ def test_refuses_in_words(device):
     assert "seed" in hand.refuse(plain._replace(segments=(Segment(a, b, dropout=0.1),)))
     assert "one is on meta" in hand.refuse(plain._replace(bias=inputs["bias"].to("meta")))
     assert "float64" in hand.refuse(plain._replace(x=x.double(), w=w.double()))
-    assert "one tensor is int8" in hand.refuse(plain._replace(segments=(Segment(a.to(torch.int8), b),)))
+    assert "one tensor is torch.int8" in hand.refuse(plain._replace(segments=(Segment(a.to(torch.int8), b),)))
 
 
 def test_the_cost_model_takes_the_road_with_the_least_time():

@@ -18,12 +18,14 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 # others up: 0.3 instead of 1.5 steps a second in the demo
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_WAIT_POLICY=passive $(BIN)/python
 
+ON_TRITON := $(if $(TRITON),PYTHONPATH=$(CURDIR)/build/triton-$(TRITON))
+
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test ladder style format bench bench-smoke docs clean
+.PHONY: help environment demo report-screenshot test ladder gpu style format bench bench-smoke docs clean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
-	@echo "also: make environment | style | format | bench | bench-smoke | docs | clean; make demo QUICK=1 takes about a minute"
+	@echo "also: make environment | style | format | bench | bench-smoke | gpu | docs | clean; make demo QUICK=1 takes about a minute"
 
 environment: $(INSTALLED)
 
@@ -33,10 +35,20 @@ demo: environment
 test: environment
 	$(RUN) -m pytest $(PYTEST)
 
+# the demo's report as Chromium shows it: out/report-light.png, -dark.png, -phone.png; skipped without a browser
+report-screenshot: environment
+	$(RUN) examples/report_screenshot.py out/movie_reviews/report.html out/report
+
 # what can be shown of the GPU kernels without a GPU, every dtype, size and target; needs some minutes
+# on another release in a folder of its own: make ladder TRITON=3.6.0, whose interpreter wants numpy below 2.4
 ladder: environment
-	$(RUN) -m pytest tests/ladder $(PYTEST)
-	$(RUN) tests/ladder/compile_gate.py --full --targets sm80,sm90,sm100,sm120
+	$(if $(TRITON),$(BIN)/python -m pip install -q --no-deps --target build/triton-$(TRITON) triton==$(TRITON) numpy==2.3.5)
+	$(ON_TRITON) LADDER=full $(RUN) -m pytest tests/ladder $(PYTEST)
+	$(ON_TRITON) $(RUN) tests/ladder/compile_gate.py --full --targets sm80,sm90,sm100,sm120
+
+# for whoever has a GPU: every test on it, the sanitizer, benchmarks beside rivals; writes benchmarks/results/<device>.json
+gpu: environment
+	$(RUN) benchmarks/gpu.py
 
 style: environment
 	$(BIN)/ruff check .

@@ -36,13 +36,15 @@ def is_first() -> bool:
 def claim(recipe: Recipe, checkpoints: Path, resume: bool) -> Iterator[None]:
     """Holds the recipe's output folder for this process while the run lasts.
 
-    Raises ValueError where another process runs there, where an unfinished run lies there and `resume` is not
-    asked for, and where the recipe to resume with is not the one that it began with.
+    Raises ValueError where that is a file, where another process runs there, where an unfinished run lies
+    there and `resume` is not asked for, and where the recipe to resume with is not that of the run.
     """
     if not is_first():
         yield
         return
     folder = Path(recipe.output)
+    if folder.is_file():
+        raise ValueError(f"train: the output {folder} is a file; a folder, or a new name, would be right")
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:

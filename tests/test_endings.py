@@ -1,8 +1,12 @@
 """What may happen to a run from outside: the disk is full, or a system has other locks than this one."""
 
 import errno
+import os
+import re
 import shutil
+import signal
 import subprocess
+import sys
 import types
 
 import pytest
@@ -84,6 +88,38 @@ def test_an_adapter_that_finds_no_room_leaves_the_one_before(tmp_path, small_dis
         training.store(run, {"accuracy": 0.9})
     after = {path: path.read_bytes() for path in (small_disk / "run").rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_ctrl_c_ends_a_run_with_a_sentence_and_the_same_command_goes_on(tmp_path):
+    folder = tiny_run.write(tmp_path)
+    flags = ["--set", "training.max_steps=400", "--set", "training.threads=1"]
+    command = [sys.executable, "-m", "pefast.cli", "train", str(folder / "recipe.yaml"), *flags]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    run = subprocess.Popen(command, env=quiet, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = ""
+    while "training " not in said:
+        line = run.stdout.readline()
+        assert line, said
+        said += line
+    run.send_signal(signal.SIGINT)
+    said += run.communicate(timeout=120)[0]
+    assert run.returncode == 130 and "Traceback" not in said, said
+    assert re.search(r"stopped at step \d+; --resume goes on from there", said), said
+    refused = recipe.read(folder / "recipe.yaml", {"training.max_steps": 400, "training.threads": 1})
+    with (
+        pytest.raises(ValueError, match="--resume goes on with it"),
+        claim.claim(refused, folder / "out" / training.CHECKPOINTS, False),
+    ):
+        pass
+    assert trainer.newest(folder / "out" / training.CHECKPOINTS) is not None
+
+
+def test_an_output_that_is_a_file_is_said(tmp_path):
+    (tmp_path / "taken").write_text("a letter")
+    wanted = recipe.read(tiny_run.write(tmp_path) / "recipe.yaml", {"output": str(tmp_path / "taken")})
+    with pytest.raises(ValueError, match="taken is a file"), claim.claim(wanted, tmp_path / "none", False):
+        pass
+    assert (tmp_path / "taken").read_text() == "a letter"
 
 
 def test_without_the_locks_of_unix_windows_own_is_asked(tmp_path, monkeypatch):

@@ -1,13 +1,15 @@
 """delta_linear by csrc/cpu/delta_linear_fp32*: fp32 activations, products of bf16 parts on AMX.
 
 A number is the sum of three bf16 parts, which hold all 24 bits of it; with compute="bf16" it is rounded to
-one. Sums and results are fp32. Formula: pefast/ops/delta_linear.py; arithmetic: csrc/cpu/delta_linear_fp32.h.
+one. Sums and results are fp32. What is more than one plain LoRA goes through delta_linear_fp32_many.py.
+Formula: pefast/ops/delta_linear.py; arithmetic: csrc/cpu/delta_linear_fp32.h.
 """
 
 import torch
 from torch import Tensor
 
 from pefast.native import WHY_NOT, C, packs, rows_of, through_the_registry
+from pefast.native import delta_linear_fp32_many as many
 
 HERE = C is not None and C.fp32_here()
 # with fewer rows PyTorch reads the weight in less time than three parts of it are read
@@ -23,8 +25,6 @@ def why_not(call) -> str:
         return f"needs a CPU, x is on {x.device} and the weight on {w.device}"
     if not (x.dtype is torch.float32 and w.dtype is torch.float32):
         return f"takes float32, x is {_name(x.dtype)} and the weight {_name(w.dtype)}"
-    if len(segments) > 1:
-        return f"takes one segment, here are {len(segments)}"
     if call.gain is not None:
         return "has no output gain"
     if not w.numel():
@@ -33,19 +33,26 @@ def why_not(call) -> str:
         return "takes a frozen weight and bias, here one of them trains"
     if bias is not None and bias.dtype is not torch.float32:
         return f"takes a bias in float32, it is {_name(bias.dtype)}"
-    return _refuse_segment(segments[0]) if segments else ""
+    for s in segments:
+        if why := _refuse_segment(s):
+            return why
+    if _is_many(call) and call.mask is None and any(s.dropout for s in segments):
+        return "needs a hand for the dropout of several segments, and the call brings none"
+    return ""
+
+
+def _is_many(call) -> bool:
+    """Whether there is more beside the weight than one plain LoRA."""
+    if len(call.segments) != 1:
+        return len(call.segments) > 1
+    s = call.segments[0]
+    return s.activation != "identity" or s.c is not None or s.adapter is not None
 
 
 def _refuse_segment(s) -> str:
-    if s.activation != "identity":
-        return f"has no activation, the segment's is {s.activation}"
-    if s.c is not None:
-        return "has no trained bias of the waist"
-    if s.adapter is not None:
-        return "has no adapter ids"
-    for t in (s.a, s.b, s.d, s.h):
+    for t in (s.a, s.b, s.c, s.d, s.h):
         if t is not None and t.dtype is not torch.float32:
-            return f"takes a, b, d and h in float32, one is {_name(t.dtype)}"
+            return f"takes a, b, c, d and h in float32, one is {_name(t.dtype)}"
     if not s.b.shape[1]:
         return "takes a rank of 1 or more, it is 0"
     return ""
@@ -78,6 +85,12 @@ def _parts(call) -> int:
 def forward(call) -> tuple[Tensor, list[tuple[Tensor, None]]]:
     """y [M, N] and [(h [M, R], None)], in fp32; no pair where there is no segment."""
     run = torch.ops.pefast.delta_linear_fp32 if through_the_registry(call.x) else _forward
+    if _is_many(call):
+
+        def product(bias, ups, waist):
+            return run(call.x, call.w, bias, None, ups, waist, 1.0, 0.0, None, _parts(call))[0]
+
+        return many.forward(call, product)
     if not call.segments:
         y, _ = run(call.x, call.w, call.bias, None, None, None, 1.0, 0.0, None, _parts(call))
         return y, []
@@ -95,6 +108,15 @@ def backward(call, saved, dy: Tensor, needs):
     """dx, None, None, None and [(da, db, None, dd, dh)]; None for what is not needed."""
     run = torch.ops.pefast.delta_linear_fp32_backward if through_the_registry(dy) else _backward
     parts = _parts(call)
+    if _is_many(call):
+
+        def product(ups, waist, need_h, need_b):
+            asked = (needs.x, need_h, False, need_b)
+            dx, dh, _, db = run(dy, None, call.w, None, ups, waist, 1.0, 0.0, None, parts, *asked)
+            return dx if needs.x else None, dh, db
+
+        dx, deltas = many.backward(call, saved, dy, needs, product)
+        return dx, None, None, None, deltas
     if not call.segments:
         dx = run(dy, None, call.w, None, None, None, 1.0, 0.0, None, parts, True, False, False, False)[0]
         return dx, None, None, None, []

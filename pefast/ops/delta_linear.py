@@ -58,6 +58,7 @@ class Call(NamedTuple):
     segments: tuple[Segment, ...] | list[Segment]
     mask: ModuleType | None = None  # the dropout hand, for hands that make no mask of their own
     compute: str | None = None  # "bf16": products of fp32 numbers may round them to bf16 first
+    activations: dict = ACTIVATIONS  # for hands that have none of their own
 
 
 class Needs(NamedTuple):

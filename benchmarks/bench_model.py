@@ -1,8 +1,10 @@
-"""A whole training step beside its rivals, bf16, one thread; the frozen model, forward and dx, is the unit.
+"""A whole training step beside its rivals, one thread; the frozen model, forward and dx, is the unit.
 
     python -m pytest benchmarks/bench_model.py
+    python -m pytest benchmarks/bench_model.py -k fp32
 
-Full fine-tuning, Hugging Face PEFT's LoRA on every linear layer, and the same LoRA through pefast.
+Full fine-tuning, Hugging Face PEFT's LoRA on every linear layer, and the same LoRA through pefast; in fp32
+also with compute="bf16".
 """
 
 import copy
@@ -79,11 +81,21 @@ def by_pefast(base):
     return pefast.attach(copy.deepcopy(base), pefast.LoRA(rank=RANK, alpha=2 * RANK, dropout=DROPOUT))
 
 
-@pytest.mark.parametrize("make", [minilm, llama, gpt2], ids=lambda make: make.__name__)
-def test_training_step(benchmark, in_turn, make):
+# name: the model and its dtype
+STEPS = {
+    "minilm": (minilm, torch.bfloat16),
+    "llama": (llama, torch.bfloat16),
+    "gpt2": (gpt2, torch.bfloat16),
+    "minilm-fp32": (minilm, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_training_step(benchmark, in_turn, name):
     torch.manual_seed(0)
+    make, dtype = STEPS[name]
     base, batch = make()
-    base = base.to(torch.bfloat16).train()
+    base = base.to(dtype).train()
     calls = {
         "frozen": frozen(copy.deepcopy(base), batch),
         "full": trained(copy.deepcopy(base), batch),
@@ -92,5 +104,7 @@ def test_training_step(benchmark, in_turn, make):
         "pefast": trained(pefast.accelerate(by_pefast(base)), batch),
         "pefast over peft": trained(pefast.accelerate(by_peft(base)), batch),
     }
-    in_turn(f"training step, {make.__doc__}", calls, rounds=7)
+    if dtype is torch.float32:
+        calls["pefast, compute bf16"] = trained(pefast.accelerate(by_pefast(base), compute="bf16"), batch)
+    in_turn(f"training step, {make.__doc__} {dtype}", calls, rounds=7, warm=1)
     benchmark.pedantic(calls["pefast"], rounds=3)

@@ -40,7 +40,7 @@ def both_ways(product, x, dy, *trained):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("rows", ["a batch", "a long batch"])
-@pytest.mark.parametrize("layer", ["minilm attention", "bert up", "smollm2 up", "llama-1b attention"])
+@pytest.mark.parametrize("layer", ["minilm attention", "smollm2 up", "llama-1b attention"])
 @pytest.mark.parametrize("kind", ["rows", "columns", "tiles", "elements"])
 def test_partial_linear(benchmark, in_turn, kind, layer, rows, dtype):
     torch.manual_seed(0)
@@ -62,20 +62,19 @@ def test_partial_linear(benchmark, in_turn, kind, layer, rows, dtype):
             calls[name] = both_ways(
                 lambda name=name: partial_linear(x, w, values, index, backend=name), x, dy, values
             )
-    in_turn(f"{kind}, {layer}, {rows}, {str(dtype).removeprefix('torch.')}", calls)
+    in_turn(f"{kind}, {layer}, {rows}, {str(dtype).removeprefix('torch.')}", calls, rounds=9)
     benchmark(calls[OP.pick(Call(x, w, None, ((values, index),)))])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("make", [minilm, llama, gpt2], ids=lambda make: make.__name__)
-def test_training_step(benchmark, in_turn, make, dtype):
+def test_training_step(benchmark, in_turn, make):
     torch.manual_seed(0)
     base, batch = make()
-    base = base.to(dtype).train()
+    base = base.to(torch.bfloat16).train()
     calls = {"frozen": frozen(copy.deepcopy(base), batch)}
     for unit in ("row", "column", "tile", "element"):
         method = pefast.Subnetwork(fraction=SHARE, unit=unit)
         calls[f"1 % {unit}s"] = trained(pefast.attach(copy.deepcopy(base), method), batch)
     calls["full"] = trained(copy.deepcopy(base), batch)
-    in_turn(f"training step, {make.__doc__} {str(dtype).removeprefix('torch.')}", calls, rounds=7)
+    in_turn(f"training step, {make.__doc__}", calls, rounds=5, warm=1)
     benchmark.pedantic(calls["1 % rows"], rounds=3)

@@ -26,17 +26,17 @@ def in_turn(benchmark, capsys):
     Prints and returns {name: median seconds}; with --benchmark-disable each runs once and {} comes back.
     """
 
-    def run(title, calls, rounds=21):
+    def run(title, calls, rounds=21, warm=2):
         spans = {name: [] for name in calls}
-        for _ in range(1 if benchmark.disabled else rounds + 2):
+        for _ in range(1 if benchmark.disabled else rounds + warm):
             for name, call in calls.items():
                 start = time.perf_counter()
                 call()
                 spans[name].append(time.perf_counter() - start)
         if benchmark.disabled:
             return {}
-        # the first two rounds warm up caches and allocator
-        medians = {name: statistics.median(span[2:]) for name, span in spans.items()}
+        # the first rounds warm up caches and allocator
+        medians = {name: statistics.median(span[warm:]) for name, span in spans.items()}
         first = next(iter(medians.values()))
         rows = (f"{name} {m * 1e3:.3f} ms ({first / m:.2f}x)" for name, m in medians.items())
         with capsys.disabled():

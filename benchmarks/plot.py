@@ -22,6 +22,7 @@ PANELS = {
     "LoRA layer, bf16, dropout 0.05": ("bench_delta_linear.py::test_forward_and_backward", "0.05-bf16]"),
     "LoRA layer, fp32": ("bench_delta_linear.py::test_forward_and_backward", "0.0-fp32]"),
     "training step, MiniLM": ("bench_model.py::test_training_step", "[minilm]"),
+    "training step, MiniLM, fp32": ("bench_model.py::test_training_step", "[minilm-fp32]"),
     "training step, Llama's shape": ("bench_model.py::test_training_step", "[llama]"),
     "training step, GPT-2's shape": ("bench_model.py::test_training_step", "[gpt2]"),
     "attention with a prefix, bf16": ("bench_prefix_attention.py::test_forward_and_backward", "bf16]"),

@@ -5,7 +5,10 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import jinja2
 import peft
@@ -221,6 +224,26 @@ def test_a_merged_run_is_a_model_for_transformers_alone(run, tmp_path):
     assert "not empty" in pefast("merge", run, tmp_path / "merged", code=2)
 
 
+def test_a_run_in_bf16_merges_into_fp32_without_a_loss(run, tmp_path):
+    pefast("train", run.parent / "recipe.yaml", "--output", tmp_path / "narrow", *narrow_words())
+    pefast("merge", tmp_path / "narrow", tmp_path / "wide", "--dtype", "float32", "--rows", "0")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "wide")
+    restored = training.restore(tmp_path / "narrow")
+    restored.model.float()
+    inputs = restored.tokenizer("good film", return_tensors="pt")
+    with torch.no_grad():
+        right = restored.model.eval()(**inputs).logits
+        torch.testing.assert_close(model.eval()(**inputs).logits, right)
+    assert model.dtype is torch.float32
+    assert "it is one of" in pefast("merge", run, tmp_path / "no", "--dtype", "int3", code=2)
+
+
+def narrow_words():
+    """What turns the recipe to three steps of a LoRA in bf16."""
+    wanted = ("methods=[{method: lora, rank: 4}]", "training.max_steps=3", "training.dtype=bfloat16")
+    return [word for each in wanted for word in ("--set", each)]
+
+
 def test_a_run_that_cannot_merge_says_what_can(run, tmp_path):
     pefast(
         "train", run.parent / "recipe.yaml", "--output", tmp_path / "hybrid", "--set", "training.max_steps=1"
@@ -329,6 +352,23 @@ def test_findings_of_numbers_spans_and_texts():
     assert found["tenths"] == [1, 0, 0, 0, 0, 0, 1, 0, 0, 1]
     assert found["errors"][0]["said"] == "" and found["examples"]["best"][0]["said"] == "a b c d"
     assert len(found["errors"][0]["texts"]["text"]) < 1100
+
+
+def test_many_labels_are_a_list_and_a_stream_has_no_number(facts):
+    labels = [f"label {i}" for i in range(30)]
+    counts = [[9 if i == j else (i == 3 and j == 5) * 7 for j in range(30)] for i in range(30)]
+    many = facts | {"findings": facts["findings"] | {"labels": labels, "counts": counts}}
+    many["data"] = {"source": "s", "rows": {"train": None, "valid": 0, "test": 1}}
+    text = " ".join(Seen(page(many)).text)
+    assert "Commonest confusions" in text and "A stream of rows to learn from" in " ".join(text.split())
+    assert "Right labels (down)" not in text and "a stream of rows of s" in card.card(many, {}, "")
+
+
+def test_without_a_browser_there_is_a_sentence(run):
+    script = Path(__file__).parents[1] / "examples" / "report_screenshot.py"
+    program = [sys.executable, script, run / "report.html", run / "shot"]
+    done = subprocess.run(program, env={"PATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 0 and "skipped, no browser of chromium" in done.stdout
 
 
 def test_ticks_are_round_and_reach_over_the_values():

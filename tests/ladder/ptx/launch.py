@@ -31,6 +31,7 @@ class Launch(NamedTuple):
     shared_bytes: int
     text: str  # the PTX
     arguments: list  # tensors and numbers, without those that were compiled in
+    reaches: tuple = ()  # tensors that it finds by other ways
 
     def run(self) -> None:
         """Execute it; tensors are changed in place."""
@@ -39,7 +40,9 @@ class Launch(NamedTuple):
         (kernel,) = parse(self.text).values()
         # triton 3.6 fences nothing between what cp.async brings and wgmma reads, 3.7 does
         checks = Checks(fences=not triton.__version__.startswith("3.6."))
-        run_kernel(kernel, self.grid, (self.threads,), self.arguments, self.shared_bytes, checks)
+        run_kernel(
+            kernel, self.grid, (self.threads,), self.arguments, self.shared_bytes, checks, 0, self.reaches
+        )
 
 
 def run_ptx(text, entry, grid, block, arguments, shared_bytes=0, checks=None, blocks_at_once=0) -> None:
@@ -63,7 +66,7 @@ def run_ptx(text, entry, grid, block, arguments, shared_bytes=0, checks=None, bl
     run_kernel(kernels[names[0]], grid, block, arguments, shared_bytes, checks or Checks(), blocks_at_once)
 
 
-def run_kernel(kernel: Kernel, grid, block, arguments, shared_bytes, checks, at_once=0) -> None:
+def run_kernel(kernel: Kernel, grid, block, arguments, shared_bytes, checks, at_once=0, reaches=()) -> None:
     """The same for a kernel that has been parsed."""
     grid, block = (tuple(sizes) + (1,) * (3 - len(sizes)) for sizes in (grid, block))
     threads = int(np.prod(block))
@@ -74,6 +77,8 @@ def run_kernel(kernel: Kernel, grid, block, arguments, shared_bytes, checks, at_
     # Triton's last parameters, for scratch, are not launched with
     arguments = [*arguments, *[None] * (len(kernel.parameters) - len(arguments))]
     memory = GlobalMemory()
+    for tensor in reaches:
+        _placed(memory, tensor)
     given = zip(kernel.parameters, arguments, strict=True)
     bytes_ = {parameter.name: _parameter_bytes(memory, parameter, value) for parameter, value in given}
     # parameters lie in memory too, for a kernel may take their addresses
@@ -94,7 +99,9 @@ def _parameter_bytes(memory, parameter, value) -> bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, tuple):
-        return _structure(memory, *value)
+        for tensor in value[1]:
+            _placed(memory, tensor)
+        return value[0]
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return np.uint64(_placed(memory, value)).tobytes()
     type_ = TYPES[parameter.kind]
@@ -106,19 +113,8 @@ def _parameter_bytes(memory, parameter, value) -> bytes:
     return number.to_bytes(SIZES[parameter.kind], "little")
 
 
-def _structure(memory, bytes_, tensors) -> bytes:
-    """The bytes of a structure with its pointers turned to where their tensors' copies are."""
-    words = np.frombuffer(bytes_, np.uint64).copy()
-    for tensor in tensors:
-        place, storage = _placed(memory, tensor), tensor.untyped_storage()
-        first = storage.data_ptr()
-        inside = (words >= first) & (words < first + max(1, storage.nbytes()))
-        words[inside] += np.uint64((place - tensor.data_ptr()) % 2**64)
-    return words.tobytes()
-
-
 def _placed(memory, value) -> int:
-    """The address in `memory` of a tensor's first element."""
+    """The address of a tensor's first element, which may be touched from now on."""
     tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach()
     if tensor.device.type != "cpu":
         raise PtxError(f"launch: takes CPU tensors, one is on {tensor.device}")
@@ -142,12 +138,13 @@ def _compiled() -> str:
 
 
 @contextlib.contextmanager
-def on_ptx(target: str, execute=Launch.run):
+def on_ptx(target: str, execute=Launch.run, reaches=()):
     """Inside, Triton's launches on CPU tensors compile for `target` ("sm80" or "sm90") and execute their PTX.
 
     They compile as they would on that GPU: divisibility by 16, numbers equal to 1, dtypes. Yields the list of
-    what was launched. execute: what to do with each. Triton's own cache is neither read nor written, for no
-    machine code is made here.
+    what was launched. execute: what to do with each. reaches: tensors that kernels find without being given
+    them, by distances or tables of addresses. Triton's own cache is neither read nor written, for no machine
+    code is made here.
     """
     import triton
     from compile_gate import TARGETS, Gpu
@@ -166,7 +163,13 @@ def on_ptx(target: str, execute=Launch.run):
         sizes = tuple(grid(named) if callable(grid) else grid)
         threads, shared_bytes = 32 * compiled.metadata.num_warps, compiled.metadata.shared
         one = Launch(
-            self.__name__, sizes + (1,) * (3 - len(sizes)), threads, shared_bytes, compiled.asm["ptx"], values
+            self.__name__,
+            sizes + (1,) * (3 - len(sizes)),
+            threads,
+            shared_bytes,
+            compiled.asm["ptx"],
+            values,
+            tuple(reaches),
         )
         launched.append(one)
         execute(one)

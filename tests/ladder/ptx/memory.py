@@ -4,8 +4,7 @@ import numpy as np
 
 from .bits import WORDS, PtxError
 
-# addresses at which the two begin; a generic address says by its size which of them is meant
-GLOBAL_WINDOW = 1 << 44
+# where shared memory begins among generic addresses, far above what a process has
 SHARED_WINDOW = 1 << 60
 # bytes between two buffers that belong to nobody
 GAP = 256
@@ -13,7 +12,10 @@ NOBODY, SEVERAL = -1, -2
 
 
 class GlobalMemory:
-    """Copies of the arguments' storages, far enough apart that no access past one falls into the next."""
+    """Copies of storages under their own addresses, so that pointers in tables and structures stay right.
+
+    Between the copies lie gaps that belong to nobody.
+    """
 
     def __init__(self):
         self.end = GAP
@@ -21,15 +23,15 @@ class GlobalMemory:
         self.owned = {}  # address of a storage: which bytes belong to elements
 
     def place(self, storage: np.ndarray, elements: np.ndarray) -> int:
-        """The address of a storage's copy; `storage` are its bytes, `elements` says which may be touched."""
+        """The address of a storage; `storage` are its bytes, `elements` says which may be touched."""
         key = storage.__array_interface__["data"][0]
         if key not in self.places:
-            # as far from a round address as the original is, for the compiler was told how far
+            # as far from a round place as the original is, for wide accesses
             begin = -(-self.end // GAP) * GAP + key % GAP
             self.places[key], self.owned[key] = (begin, storage), np.zeros(storage.size, bool)
             self.end = begin + storage.size + GAP
         self.owned[key] |= elements
-        return GLOBAL_WINDOW + self.places[key][0]
+        return key
 
     def open(self) -> None:
         """Take copies of every storage."""
@@ -38,6 +40,10 @@ class GlobalMemory:
         for key, (begin, storage) in self.places.items():
             self.bytes[begin : begin + storage.size] = storage
             self.valid[begin : begin + storage.size] = self.owned[key]
+        self.starts = np.array(sorted(self.places), np.int64)
+        found = [self.places[key] for key in sorted(self.places)]
+        self.begins = np.array([begin for begin, _ in found], np.int64)
+        self.sizes = np.array([storage.size for _, storage in found], np.int64)
 
     def close(self) -> None:
         """Give every storage back what its copy holds."""
@@ -64,12 +70,13 @@ class GlobalMemory:
         return self.bytes.view(kind), self._rows(addresses, size, "atomic")
 
     def _rows(self, addresses, total, what):
-        offsets = addresses - GLOBAL_WINDOW
-        if (offsets % total).any():
+        if (addresses % total).any():
             raise PtxError(f"alignment: a global {what} of {total} bytes at {hex(int(addresses[0]))}")
-        rows = offsets // total
-        outside = (offsets < 0) | (offsets + total > self.bytes.size)
-        outside |= ~self.valid.reshape(-1, total)[np.where(outside, 0, rows)].all(1)
+        owner = np.maximum(np.searchsorted(self.starts, addresses, side="right") - 1, 0)
+        offsets = addresses - self.starts[owner]
+        outside = (offsets < 0) | (offsets + total > self.sizes[owner])
+        rows = np.where(outside, 0, offsets + self.begins[owner]) // total
+        outside |= ~self.valid.reshape(-1, total)[rows].all(1)
         if outside.any():
             count = int(outside.sum())
             raise PtxError(f"bounds: a global {what} of {count} lanes outside every tensor's elements")

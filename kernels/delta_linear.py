@@ -2,7 +2,7 @@
 
     forms.py                    whole, split or library: what each costs, and the choice
     waist.py                    how segments lie side by side
-    tiles.py                    sizes of tiles
+    tuning.py, tiles.py         sizes of tiles
     delta_linear_products.py    the kernels of h, y and dx
     delta_linear_gradients.py   the kernels of dh, db, da and dg, and of dx, dz and db in one
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import delta_linear_gradients as gradients
 from . import delta_linear_products as products
-from . import forms, tiles, triton
+from . import forms, tiles, triton, tuning
 from .launch import DTYPES, INTERPRETED, checked, through_the_registry, why_not_here
 from .waist import EVERY, Layout, Part, Places, arrange, down, fill, inner_bias, place, up
 
@@ -124,6 +124,7 @@ def _form(direction, s: forms.Shape, parts, rates: forms.Rates) -> str:
     # one tile makes one waist: no slots from elsewhere, one mask at most and none on the way there
     drops = s.dropout and (direction is forms.forward or len(parts) > 1)
     whole = not drops and all(p.h is None and p.d is None for p in parts)
+    whole = whole and tuning.serves("whole" if direction is forms.forward else "back", 8 * s.size, s.r)
     return forms.choose(direction, s, rates, whole)
 
 
@@ -225,7 +226,7 @@ def _into_x(dy, w, gain, dz, a, dx, layout, seed, beside):
 
 def _launch_waist(x, a, c, ids, h, z, layout, seed):
     (m, k), r = x.shape, layout.total
-    block = tiles.waist(m, x.dtype, layout.width, layout.drops)
+    block = tiles.waist(x, layout.width, layout.drops)
     products.waist[(layout.tiles * triton.cdiv(m, block["BLOCK_M"]),)](
         x, a, c, ids, layout.adapter, layout.kind, layout.tile, layout.keep, h, z, m, k, r, layout.tiles,
         *x.stride(), *a.stride(), _number(seed), USED=layout.kinds, EVERY=EVERY, DROPOUT=layout.drops,
@@ -237,7 +238,7 @@ def _launch_product(x, w, inner, h, b, scale, gain, bias, u, y, layout, seed, ba
     """y = Σ s·h bᵀ + x wᵀ, with the masks of the way back where `back`; y holds x wᵀ where `beside`."""
     (m, k), n = x.shape, w.shape[0]
     count, table = (layout.tiles, layout.tile) if back else (layout.plain_tiles, layout.plain_tile)
-    block = tiles.product(m, x.dtype, layout.width, count > 1)
+    block = tiles.product(x, n, layout.width, count > 1)
     products.product[(triton.cdiv(m, block["BLOCK_M"]) * triton.cdiv(n, block["BLOCK_N"]),)](
         x, w, inner, h, b, scale, table, layout.keep, gain, bias, u, y, m, n, k, layout.total, count,
         *x.stride(), *w.stride(), *b.stride(), _number(seed), BESIDE=beside, SEVERAL=count > 1,
@@ -247,7 +248,7 @@ def _launch_product(x, w, inner, h, b, scale, gain, bias, u, y, layout, seed, ba
 
 def _launch_whole(x, w, a, b, c, ids, gain, bias, h, z, u, y, layout):
     (m, k), n = x.shape, w.shape[0]
-    block = tiles.whole(m, x.dtype, layout.width)
+    block = tiles.whole(x, n, layout.width)
     products.whole[(triton.cdiv(m, block["BLOCK_M"]) * triton.cdiv(n, block["BLOCK_N"]),)](
         x, w, a, b, c, ids, layout.adapter, layout.kind, layout.scale, gain, bias, h, z, u, y, m, n, k,
         layout.total, *x.stride(), *w.stride(), *a.stride(), *b.stride(), USED=layout.kinds, EVERY=EVERY,
@@ -258,7 +259,7 @@ def _launch_whole(x, w, a, b, c, ids, gain, bias, h, z, u, y, layout):
 def _launch_back(dy, w, a, b, gain, ids, h, z, dz, dx, layout, seed, up_too):
     """dz and dx; the parts of db [strips, R, N]."""
     (m, n), k, r = dy.shape, w.shape[1], layout.total
-    block = tiles.back(m, dy.dtype, layout.width)
+    block = tiles.back(dy, k, layout.width)
     columns = triton.cdiv(k, block["BLOCK_K"])
     # a strip of several tiles leaves fewer parts of db; 512 programs are waves enough for a large GPU
     strips, rows = tiles.strips(m, columns, block["BLOCK_M"], 512)
@@ -276,7 +277,7 @@ def _launch_back(dy, w, a, b, gain, ids, h, z, dz, dx, layout, seed, up_too):
 def _launch_narrow(dy, b, gain, h, layout, down_too, up_too):
     """The parts of dh [columns, M, R] and of db [strips, R, N]."""
     (m, n), r = dy.shape, layout.total
-    block = tiles.narrow(dy.dtype, layout.width)
+    block = tiles.narrow(dy, layout.width)
     columns = triton.cdiv(n, block["BLOCK_N"])
     strips, rows = tiles.strips(m, columns, block["BLOCK_M"], 128)
     dh = torch.empty((columns, m, r) if down_too else 0, device=dy.device)
@@ -299,7 +300,7 @@ def _launch_finish(dh, z, ids, dz, layout):
 def _launch_down(x, dz, layout, seed):
     """da [computed, K]."""
     m, k = x.shape
-    block = tiles.down(x.dtype, layout.width)
+    block = tiles.down(x, layout.width)
     columns = triton.cdiv(k, block["BLOCK_K"])
     # about 256 programs keep a large GPU busy
     strips, rows = tiles.strips(m, columns * layout.tiles, block["BLOCK_M"], 256)

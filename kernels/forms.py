@@ -17,6 +17,7 @@ the vendor's, 0.95 to 0.98 on an H100 by lorafusion's issue 8. PHILOX: 10 rounds
 for 8 elements, 3 more choose.
 """
 
+import contextlib
 from typing import NamedTuple
 
 FUSED = 0.96
@@ -158,8 +159,23 @@ def seconds(launches: list[Launch], rates: Rates) -> float:
     return sum(launch.seconds(rates) for launch in launches)
 
 
+_taken: list[str] = []
+
+
+@contextlib.contextmanager
+def taking(form: str):
+    """Inside, this form is chosen wherever it can compute the call, whatever it costs."""
+    _taken.append(form)
+    try:
+        yield
+    finally:
+        _taken.pop()
+
+
 def choose(direction, s: Shape, rates: Rates, whole: bool) -> str:
     """The form with the least time; `whole` where that form can compute the call at all."""
+    if _taken:
+        return _taken[-1] if whole or _taken[-1] != "whole" else "split"
     forms = ("whole", "split", "library") if whole and s.r <= WHOLE_RANK else ("split", "library")
     return min(forms, key=lambda form: seconds(direction(form, s), rates))
 

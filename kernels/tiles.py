@@ -1,47 +1,58 @@
-"""The sizes of tiles that each kernel is launched with.
+"""The sizes of tiles that each kernel is launched with: delta_linear's from tuning.py, the others here.
 
 fp32 products run without tensor cores and hold a tile's whole inner dimension in registers: shorter tiles,
 more warps. Every choice passes the ladder's gate (tests/ladder/gate.json): no spills on any target.
 """
 
-import torch
+import functools
 
-from . import triton
+import torch
+from torch import Tensor
+
+from . import triton, tuning
 
 # the widest tile of slots that fits beside a tile of y
 MOST_SLOTS = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
 
 
-def waist(m: int, dtype, slots: int, dropout: bool) -> dict:
+def waist(x: Tensor, slots: int, dropout: bool) -> dict:
     """Of h: BLOCK_M rows and all slots of a tile."""
-    rows = 16 if m <= 16 else 32
-    if dtype == torch.float32:
-        return _sizes(8, 2, BLOCK_M=rows, BLOCK_K=128 if dropout else 32)
-    if slots > 64:
-        return _sizes(8, 2, BLOCK_M=rows, BLOCK_K=128)
-    return _sizes(4, 3, BLOCK_M=rows, BLOCK_K=128)
+    return _tuned("waist", x, x.shape[1], slots, dropout)
 
 
-def product(m: int, dtype, slots: int, several: bool) -> dict:
+def product(x: Tensor, n: int, slots: int, several: bool) -> dict:
     """Of y or dx, beside tiles of `slots` slots."""
-    rows = 16 if m <= 16 else 64
-    if dtype == torch.float32:
-        return _sizes(8, 2, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
-    if several or slots > 32:
-        return _sizes(8, 3, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
-    if m <= 64:
-        return _sizes(4, 3, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
-    return _sizes(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
+    return _tuned("product", x, n, max(64, slots) if several else slots)
 
 
-def whole(m: int, dtype, slots: int) -> dict:
+def whole(x: Tensor, n: int, slots: int) -> dict:
     """Of y with the waist beside it."""
-    rows = 16 if m <= 16 else 64
-    if dtype == torch.float32:
-        return _sizes(8, 2, BLOCK_M=min(rows, 32), BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
-    if m <= 64:
-        return _sizes(4, 3, BLOCK_M=rows, BLOCK_N=128, BLOCK_K=64, GROUP_M=8)
-    return _sizes(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8)
+    return _tuned("whole", x, n, slots)
+
+
+def back(dy: Tensor, k: int, slots: int) -> dict:
+    """Of dx with dz beside it, and BLOCK_U columns of db behind."""
+    return _tuned("back", dy, k, slots)
+
+
+def narrow(dy: Tensor, slots: int) -> dict:
+    """Of dy, for dh and db."""
+    return _tuned("narrow", dy, dy.shape[1], slots)
+
+
+def down(x: Tensor, slots: int) -> dict:
+    """Of x̂, for da."""
+    return _tuned("down", x, x.shape[1], slots)
+
+
+def _tuned(kernel: str, x: Tensor, n: int, slots: int, dropout: bool = False) -> dict:
+    device = _name(x.device.index) if x.is_cuda else ""
+    return tuning.settings(kernel, device, x.shape[0], n, x.shape[1], 8 * x.element_size(), slots, dropout)
+
+
+@functools.lru_cache(maxsize=64)
+def _name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 def decode(dtype) -> dict:
@@ -58,28 +69,6 @@ def decode_strips(n: int, k: int, dtype) -> tuple[int, int]:
     count = max(1, min(256 // max(1, columns), k // 256))
     width = triton.cdiv(triton.cdiv(k, count), block["BLOCK_K"]) * block["BLOCK_K"]
     return triton.cdiv(k, width), width
-
-
-def back(m: int, dtype, slots: int) -> dict:
-    """Of dx with dz beside it, and BLOCK_U columns of db behind."""
-    if dtype == torch.float32:
-        return _sizes(8, 2, BLOCK_M=16 if m <= 16 else 32, BLOCK_K=128, BLOCK_N=32, BLOCK_U=32, GROUP_M=8)
-    rows = 64 if slots <= 16 else 16 if slots <= 32 else 32
-    return _sizes(8, 3, BLOCK_M=rows, BLOCK_K=128, BLOCK_N=32, BLOCK_U=64, GROUP_M=8)
-
-
-def narrow(dtype, slots: int) -> dict:
-    """Of dy, for dh and db."""
-    if dtype == torch.float32:
-        return _sizes(8, 2, BLOCK_M=16, BLOCK_N=128 if slots <= 32 else 64)
-    return _sizes(8, 2, BLOCK_M=64 if slots <= 64 else 32, BLOCK_N=256 if slots <= 16 else 128)
-
-
-def down(dtype, slots: int) -> dict:
-    """Of x̂, for da."""
-    if dtype == torch.float32:
-        return _sizes(8, 2, BLOCK_M=16, BLOCK_K=128)
-    return _sizes(4 if slots <= 32 else 8, 2, BLOCK_M=64, BLOCK_K=128)
 
 
 def chosen(dtype, height: int, width: int) -> dict:
@@ -119,7 +108,7 @@ def attention_keys(dtype, d: int, dropout: bool) -> dict:
 def strips(m: int, columns: int, block_m: int, programs: int) -> tuple[int, int]:
     """Strips of rows so that columns * strips is about `programs`, and the rows of each, whole tiles.
 
-    The cut depends on the sizes alone: the same bits on every GPU.
+    The cut depends on the sizes and the tile alone, not on the GPU's multiprocessors.
     """
     count = max(1, min(programs // max(1, columns), triton.cdiv(m, block_m)))
     rows = max(1, triton.cdiv(triton.cdiv(m, count), block_m)) * block_m

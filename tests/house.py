@@ -21,7 +21,7 @@ FLOORS = (
     ("search",),
     ("selection", "pictures", "predicting", "reporting"),
     ("card",),
-    ("training", "doctor", "roofline"),
+    ("training", "doctor", "roofline", "tuner"),
     ("claim", "sources"),
     ("recipe", "trainer"),
     ("progress", "gauges", "sharded_trainer"),

@@ -9,6 +9,7 @@ from .predict import predict
 from .report import report
 from .select import select
 from .train import train
+from .tune import tune
 
 # in the order of `pefast --help`
-COMMANDS = (train, evaluate, predict, report, merge, select, explain, bench, doctor)
+COMMANDS = (train, evaluate, predict, report, merge, select, explain, bench, tune, doctor)

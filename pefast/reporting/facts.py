@@ -162,4 +162,4 @@ def _bytes(run: Run) -> int:
 
 
 def _device() -> str:
-    return "the GPU" if torch.cuda.is_available() else "the process"
+    return "The GPU" if torch.cuda.is_available() else "The process"

@@ -157,7 +157,7 @@ def _texts(task: ModuleType, said: list, rows: Sequence[Row], names: dict[str, s
     return {
         "tenths": tenths,
         "examples": {"best": show(order[::-1][:3]), "middle": show(order[middle : middle + 3])},
-        "errors": show(order[:WORST]),
+        "errors": show([i for i in order[:WORST] if near[i] < 1]),
     }
 
 

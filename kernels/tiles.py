@@ -57,9 +57,7 @@ def _name(index: int) -> str:
 
 def decode(dtype) -> dict:
     """Of w, for a few rows: three tiles of it on their way to each program."""
-    if dtype == torch.float32:
-        return _sizes(8, 3, BLOCK_N=128, BLOCK_K=32)
-    return _sizes(4, 3, BLOCK_N=128, BLOCK_K=64)
+    return _sizes(8, 3, BLOCK_N=128, BLOCK_K=32 if dtype == torch.float32 else 64)
 
 
 def decode_strips(n: int, k: int, dtype) -> tuple[int, int]:

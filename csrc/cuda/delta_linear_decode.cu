@@ -54,14 +54,12 @@ union Pack {
 template <class T, class From>
 __device__ uint4 pack(const From* at) {
     if constexpr (std::is_same_v<T, From>) {
-        return *reinterpret_cast<const uint4*>(at);
+        return unchanging(at);
     } else {
-        const float4 low = *reinterpret_cast<const float4*>(at);
-        const float4 high = *reinterpret_cast<const float4*>(at + 4);
-        const float from[] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        Pack<float> from[2] = {{unchanging(at)}, {unchanging(at + 4)}};
         Pack<T> to;
 #pragma unroll
-        for (int i = 0; i < PACK<T>; ++i) narrow(from[i], to.numbers + i);
+        for (int i = 0; i < PACK<T>; ++i) narrow(from[i / 4].numbers[i % 4], to.numbers + i);
         return to.bits;
     }
 }
@@ -146,7 +144,9 @@ struct Task {
 // those that are not there, so that nothing is masked; nobody looks at their sums.
 template <class T, class From, int TILES>
 __device__ void product(const Step& f, const Task& task, float* parts) {
-    constexpr int STRIDE = 4 * PACK<T>, HOP = WARPS * STRIDE, AHEAD = TILES == 4 || PACK<T> == 4 ? 2 : 4;
+    constexpr int STRIDE = 4 * PACK<T>, HOP = WARPS * STRIDE;
+    // steps whose loads are under way together: 4 KB a warp of w, as many as fit into the registers
+    constexpr int AHEAD = TILES == 2 && sizeof(From) == 2 ? 4 : 2;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     const int64_t inside = lane % 4 * PACK<T>;
     const T* x[2];
@@ -159,9 +159,10 @@ __device__ void product(const Step& f, const Task& task, float* parts) {
         w[i] = static_cast<const From*>(task.from.at) +
                smaller(task.first + SIDE * i + g, task.end - 1) * task.from.ld + inside;
 
+    const bool wide = f.x.wide && task.from.wide;
     Sums<T, TILES> sums;
     int64_t k = warp * STRIDE;
-    if (f.x.wide && task.from.wide)
+    if (wide)
         for (; k + (AHEAD - 1) * HOP + STRIDE <= f.K; k += AHEAD * HOP) {
             uint4 xs[AHEAD][2], ws[AHEAD][TILES];
 #pragma unroll
@@ -175,11 +176,14 @@ __device__ void product(const Step& f, const Task& task, float* parts) {
             for (int j = 0; j < AHEAD; ++j) sums.add(xs[j], ws[j]);
         }
     for (; k < f.K; k += HOP) {
+        const bool all = wide && k + STRIDE <= f.K;
         uint4 xs[2], ws[TILES];
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) ws[i] = pack_some<T>(w[i] + k, f.K - k - inside);
+        for (int i = 0; i < TILES; ++i)
+            ws[i] = all ? pack<T>(w[i] + k) : pack_some<T>(w[i] + k, f.K - k - inside);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) xs[i] = pack_some<T>(x[i] + k, f.K - k - inside);
+        for (int i = 0; i < 2; ++i)
+            xs[i] = all ? pack<T>(x[i] + k) : pack_some<T>(x[i] + k, f.K - k - inside);
         sums.add(xs, ws);
     }
     sums.put(parts + warp * ROWS * SIDE * TILES, lane);

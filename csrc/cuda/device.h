@@ -29,6 +29,9 @@ __device__ inline void narrow(float value, float* to) { *to = value; }
 __device__ inline void narrow(float value, bf16* to) { *to = __float2bfloat16(value); }
 __device__ inline void narrow(float value, fp16* to) { *to = __float2half(value); }
 
+// 16 bytes that nobody writes while the kernel runs
+__device__ inline uint4 unchanging(const void* at) { return __ldg(static_cast<const uint4*>(at)); }
+
 // 16 bytes that other blocks of this launch may have written: past the first cache, which does not see them
 __device__ inline float4 fresh(const float* at) { return __ldcg(reinterpret_cast<const float4*>(at)); }
 

@@ -5,6 +5,7 @@ process has neither, test_interpreter.py starts another one for that folder.
 """
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -29,3 +30,14 @@ elif not torch.cuda.is_available():
 def device() -> str:
     """Where this process can run kernels."""
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    """CUDA's compiler; without it the test is skipped."""
+    pytest.importorskip("setuptools")
+    setup = runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))
+    try:
+        return setup["nvcc"]()
+    except setup["CannotBuild"] as error:
+        pytest.skip(str(error))

@@ -21,26 +21,23 @@ KERNELS = 5
 
 pytestmark = pytest.mark.slow
 
-
-def setup_py() -> dict:
-    return runpy.run_path(str(ROOT / "setup.py"))
-
-
-def nvcc() -> str:
-    """CUDA's compiler, or the test is skipped."""
-    pytest.importorskip("setuptools")
-    setup = setup_py()
-    try:
-        return setup["nvcc"]()
-    except setup["CannotBuild"] as error:
-        pytest.skip(str(error))
+# what an older CUDA says, which knows no GPU after the H100; and one that fails
+OLD = """#!/bin/sh
+[ "$1" = --list-gpu-code ] && { echo sm_80; echo sm_90; exit; }
+echo "$@" > "$OUT"
+"""
+FULL = """#!/bin/sh
+[ "$1" = --list-gpu-code ] && { echo sm_80; exit; }
+echo "decode.cu(1): error: the disk is full"; exit 1
+"""
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built(tmp_path_factory, nvcc):
     """The library, and what ptxas says of every kernel: {(target, kernel): its numbers}."""
-    compiler, target = nvcc(), tmp_path_factory.mktemp("cuda") / "_cuda.so"
-    command = setup_py()["nvcc_command"](compiler, [str(SOURCE)], target, TARGETS)
+    target = tmp_path_factory.mktemp("cuda") / "_cuda.so"
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    command = setup["nvcc_command"](nvcc, [str(SOURCE)], target, TARGETS)
     made = subprocess.run([*command, "-Xptxas=-v"], capture_output=True, text=True, timeout=400)
     assert made.returncode == 0, made.stdout + made.stderr
     return target, resources(made.stdout + made.stderr)
@@ -74,12 +71,12 @@ def test_every_kernel_stays_on_chip(built):
     assert not {name: numbers for name, numbers in kernels.items() if too_much(numbers)}
 
 
-def test_the_gate_says_no_to_spills(tmp_path):
+def test_the_gate_says_no_to_spills(tmp_path, nvcc):
     source = tmp_path / SOURCE.name
     # eight blocks on a processor leave each thread 32 registers
     source.write_text(planted(SOURCE.read_text(), ("(THREADS, 2)", "(THREADS, 8)")))
     words = ("-std=c++17", "-O3", "-cubin", "-arch=sm_80", f"-I{SOURCE.parent}", "-Xptxas=-v")
-    command = [nvcc(), *words, str(source), "-o", str(tmp_path / "spills.cubin")]
+    command = [nvcc, *words, str(source), "-o", str(tmp_path / "spills.cubin")]
     made = subprocess.run(command, capture_output=True, text=True, timeout=400)
     found = resources(made.stdout + made.stderr)
     assert len(found) == KERNELS and all(too_much(numbers) for numbers in found.values())
@@ -107,3 +104,33 @@ def test_without_a_gpu_the_library_loads_and_launches_nothing(built, monkeypatch
     # 35: no driver that is new enough; 100: no device
     with pytest.raises(RuntimeError, match=r"CUDA did not launch .* error (35|100)$"):
         hand.forward(call)
+
+
+def built_by(script: str, folder: Path, monkeypatch) -> Path:
+    """What setup.py leaves in folder/pefast with this nvcc."""
+    dist = pytest.importorskip("setuptools").dist.Distribution
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    compiler = folder / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text(script)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(folder))
+    monkeypatch.setenv("OUT", str(folder / "said"))
+    extension = setup["Extension"](setup["CUDA"], ["csrc/cuda/delta_linear_decode.cu"])
+    command = setup["BuildNative"](dist({"ext_modules": [extension], "packages": ["pefast"]}))
+    command.build_lib = str(folder)
+    command.ensure_finalized()
+    command.run()
+    return folder
+
+
+def test_an_older_nvcc_is_asked_for_what_it_knows(tmp_path, monkeypatch):
+    said = (built_by(OLD, tmp_path, monkeypatch) / "said").read_text().split()
+    codes = [word for word in said if word.startswith("-gencode")]
+    assert [code.split(",")[1] for code in codes] == ["code=sm_80", "code=sm_90", "code=compute_90"]
+    assert not (tmp_path / "pefast" / "native" / "why_no_cuda.txt").exists()
+
+
+def test_where_nvcc_fails_its_own_error_is_kept(tmp_path, monkeypatch):
+    note = built_by(FULL, tmp_path, monkeypatch) / "pefast" / "native" / "why_no_cuda.txt"
+    assert note.read_text() == "the CUDA kernels were not built: decode.cu(1): error: the disk is full\n"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pefast.layers.lowrank import LowRank
+from pefast.ops.delta_linear import OP, Call, delta_linear
 
 
 class Gain(nn.Module):
@@ -78,6 +79,28 @@ class Directed(LowRank):
 def _row_squares(weight: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
+
+
+def product(
+    x: Tensor,  # [B, ..., K]
+    weight: Tensor,  # [N, K]
+    segments: tuple,
+    gains: list[tuple[Tensor, int | None]],  # as multiplied() takes them
+    rows: Tensor | None,  # [B]
+    bias: Tensor | None,  # [N]
+    compute: str | None,
+) -> Tensor:  # [B, ..., N]
+    """(x wᵀ + the segments' deltas) ⊙ Πg + bias.
+
+    On AMX in bf16 the native hand multiplies its fp32 sums by an fp32 gain and rounds once. Others would
+    round the gain, so there the product comes first.
+    """
+    (g, index), *more = gains
+    if x.dtype is weight.dtype is torch.bfloat16 and index is None and not more:
+        call = Call(x, weight, bias, g, rows, None, segments)
+        if not OP.why_not("native", call) and OP.pick(call) == "native":
+            return delta_linear(x, weight, segments, bias, g, rows)
+    return multiplied(delta_linear(x, weight, segments, ids=rows, compute=compute), gains, rows, bias)
 
 
 def multiplied(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pefast.formats import FORMATS
 from pefast.layers.bottleneck import After, Beside
 from pefast.layers.decode import decoded, forget
-from pefast.layers.gain import multiplied
+from pefast.layers.gain import multiplied, product
 from pefast.layers.in_place import mix_in, take_out
 from pefast.layers.lowrank import LowRank
 from pefast.layers.router import Router, row_mask
@@ -50,12 +50,7 @@ class DeltaHost(nn.Module):
         if "input" in gains:
             x = multiplied(x, gains["input"], ids)
         if "product" in gains:
-            y = multiplied(
-                delta_linear(x, weight, tuple(segments), None, ids=ids, compute=self.compute),
-                gains["product"],
-                ids,
-                bias,
-            )
+            y = product(x, weight, tuple(segments), gains["product"], ids, bias, self.compute)
         elif segments:
             y = delta_linear(x, weight, tuple(segments), bias, ids=ids, compute=self.compute)
         else:

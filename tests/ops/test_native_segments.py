@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pefast.eager.activations import ACTIVATIONS
+from pefast.layers import gain
 from pefast.native import delta_linear as native
 from pefast.native import sibling_linear
 from pefast.ops.delta_linear import Call, Segment, delta_linear, reference
@@ -291,3 +292,30 @@ def test_compiles_in_one_graph(form):
     plain, graph = (run(function, form, t, backend="native") for function in (delta_linear, compiled))
     for name in plain:
         torch.testing.assert_close(graph[name], plain[name])
+
+
+def test_a_layers_gain_goes_inside_and_costs_no_bit(monkeypatch):
+    """DoRA's gain as a layer multiplies it: inside the native hand, no worse than behind its product."""
+    t = Inputs((70, 130, 96, 8))
+    w = torch.nn.Parameter(t("w", 96, 130, kind=torch.bfloat16, by=130**-0.5), requires_grad=False)
+    x, dy = t("x", 70, 130, kind=torch.bfloat16), t("dy", 70, 96, kind=torch.bfloat16)
+    bias, s = t("bias", 96, kind=torch.bfloat16), t.segment(0, 8)
+    g = 1 + t("gain", 96, by=0.01)
+
+    def results(function, dtype=None):
+        leaves = [n.detach().to(dtype or n.dtype).requires_grad_() for n in (x, s.a, s.b, g)]
+        own = (s._replace(a=leaves[1], b=leaves[2]),)
+        y = function(leaves[0], w.to(dtype or w.dtype), own, leaves[3], bias.to(dtype or bias.dtype))
+        found = [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+        return dict(zip(("y", "dx", "da", "db", "dg"), found, strict=True))
+
+    def behind(x, w, segments, g, bias):
+        return gain.multiplied(delta_linear(x, w, segments), [(g, None)], None, bias)
+
+    near = results(behind)
+    exact = results(lambda x, w, segments, g, bias: reference(x, w, segments, bias, g), torch.float64)
+    monkeypatch.setattr(gain, "multiplied", None)
+    got = results(lambda x, _, own, g, bias: gain.product(x, w, own, [(g, None)], None, bias, None))
+    for name, right in exact.items():
+        assert_no_worse(name, got[name], near[name], right)
+        assert (got[name].double() - right).norm() <= 1.1 * (near[name].double() - right).norm(), name

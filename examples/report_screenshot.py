@@ -1,8 +1,9 @@
 """`make report-screenshot`: the report of a run as a browser shows it: light, dark, and on a phone.
 
-python examples/report_screenshot.py out/movie_reviews/report.html out/report
+python examples/report_screenshot.py out/report out/movie_reviews/report.html out/quick/report.html
 
-writes out/report-light.png, -dark.png and -phone.png. Without Chromium it says so and does nothing.
+writes out/report-light.png, -dark.png and -phone.png of the newest of these pages. Without Chromium it says so
+and does nothing.
 """
 
 import shutil
@@ -43,14 +44,16 @@ def shoot(browser: str, page: Path, target: Path, width: int, dark: bool) -> Non
 
 def main() -> int:
     """Every view; says what it wrote."""
-    page, stem = Path(sys.argv[1]), Path(sys.argv[2])
+    stem, pages = Path(sys.argv[1]), [Path(each) for each in sys.argv[2:]]
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     if browser is None:
         print(f"report-screenshot: skipped, no browser of {', '.join(BROWSERS)} was found")
         return 0
-    if not page.is_file():
-        print(f"report-screenshot: {page} is not there; `make demo` writes it", file=sys.stderr)
+    there = [each for each in pages if each.is_file()]
+    if not there:
+        print(f"report-screenshot: {pages[0]} is not there; `make demo` writes it", file=sys.stderr)
         return 1
+    page = max(there, key=lambda each: each.stat().st_mtime)
     stem.parent.mkdir(parents=True, exist_ok=True)
     for name, (width, dark) in VIEWS.items():
         target = stem.with_name(f"{stem.name}-{name}.png")

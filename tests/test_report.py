@@ -366,7 +366,7 @@ def test_many_labels_are_a_list_and_a_stream_has_no_number(facts):
 
 def test_without_a_browser_there_is_a_sentence(run):
     script = Path(__file__).parents[1] / "examples" / "report_screenshot.py"
-    program = [sys.executable, script, run / "report.html", run / "shot"]
+    program = [sys.executable, script, run / "shot", run / "report.html"]
     done = subprocess.run(program, env={"PATH": ""}, capture_output=True, text=True)
     assert done.returncode == 0 and "skipped, no browser of chromium" in done.stdout
 

@@ -37,7 +37,7 @@ test: environment
 
 # the demo's report as Chromium shows it: out/report-light.png, -dark.png, -phone.png; skipped without a browser
 report-screenshot: environment
-	$(RUN) examples/report_screenshot.py out/movie_reviews/report.html out/report
+	$(RUN) examples/report_screenshot.py out/report out/movie_reviews/report.html out/quick/report.html
 
 # what can be shown of the GPU kernels without a GPU, every dtype, size and target; needs some minutes
 # on another release in a folder of its own: make ladder TRITON=3.6.0, whose interpreter wants numpy below 2.4

@@ -2,8 +2,8 @@
 
 python examples/report_screenshot.py out/report out/movie_reviews/report.html out/quick/report.html
 
-writes out/report-light.png, -dark.png and -phone.png of the newest of these pages. Without Chromium it says so
-and does nothing.
+writes out/report-light.png, -dark.png and -phone.png of the newest of these pages. Without Chromium it says
+so and does nothing.
 """
 
 import shutil

@@ -41,7 +41,7 @@ class ShardedTrainer(Trainer):
 
     def _wrap_model(self, model, training=True, dataloader=None):
         if self.is_fsdp_enabled and training:
-            _check(model)
+            check(model)
         return super()._wrap_model(model, training, dataloader)
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -61,7 +61,7 @@ class ShardedTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
 
-def _check(model: nn.Module) -> None:
+def check(model: nn.Module) -> None:
     """Raises ValueError for a model that FSDP2 would stop at with a word of its own insides."""
     trained = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
     if len(trained) > 1:

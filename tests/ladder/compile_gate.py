@@ -27,12 +27,13 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 from delta_linear_check import FORMS, ROADS, SEED, taking
-from pefast.kernels import prefix_attention
+from pefast.kernels import delta_linear_decode, prefix_attention
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pefast.ops import OPS
+from pefast.native.delta_linear_decode import RowDelta
+from pefast.ops import OPS, Index
 from pefast.ops.delta_linear import Call, Needs
 from pefast.ops.prefix_attention import Call as AttentionCall
 
@@ -43,7 +44,13 @@ TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 SHARED = {"sm80": 163 << 10, "sm90": 227 << 10, "sm100": 227 << 10, "sm120": 99 << 10, "gfx942": 64 << 10}
 TENSOR_CORES = re.compile(r"\b(HMMA|HGMMA|UTCHMMA)\b")
 REGISTERS_OF_A_BLOCK = 65536
-
+# how many entries of each kind are chosen, and the tile
+PARTS = {
+    "rows": (110, (1, 1)),
+    "columns": (128, (1, 1)),
+    "tiles": (400, (16, 32)),
+    "elements": (450_000, (1, 1)),
+}
 
 AMD_COUNTS = ("vgpr_count", "vgpr_spill_count")
 
@@ -153,6 +160,18 @@ def launches(full: bool):
     for dtype, rows, rank, case in cases:
         name = f"{case} {str(dtype)[6:]} M={rows} R={rank}"
         yield name, dtype != torch.float32, lambda c=(dtype, rows, rank, case): _linear(*c)
+    steps = [(bf16, 4096, 4096, 1), (bf16, 4096, 11008, 16)]
+    if full:
+        steps += [(dtype, 4096, 4096, 4) for dtype in (bf16, torch.float16, torch.float32)]
+        steps += [(torch.float32, 11008, 4096, 16), (bf16, 11008, 32000, 1)]
+    for dtype, k, n, adapters in steps:
+        name = f"step {str(dtype)[6:]} K={k} N={n} adapters={adapters}"
+        yield name, dtype != torch.float32, lambda c=(dtype, k, n, adapters): _step(*c)
+    entries = [(bf16, kind) for kind in PARTS]
+    if full:
+        entries += [(dtype, kind) for dtype in (torch.float16, torch.float32) for kind in PARTS]
+    for dtype, kind in entries:
+        yield f"partial {str(dtype)[6:]} {kind}", dtype != torch.float32, lambda c=(dtype, kind): _partial(*c)
     yield "dropout", False, _dropout
 
 
@@ -181,6 +200,29 @@ def _both_ways(hand, t, form):
     hand.backward(call, saved, t["dy"], Needs(True, False, False, False, trains))
 
 
+def _step(dtype, k, n, adapters):
+    """A decoding step of 16 rows, each with one of some adapters of mixed ranks, with fp32 masters."""
+    ranks = [4 << i % 4 for i in range(adapters)]
+    each = [(_meta(rank, k), _meta(n, rank)) for rank in ranks]
+    deltas = [RowDelta(row, *each[row % adapters], 0.5 + row % adapters) for row in range(16)]
+    x, w, bias = _meta(16, k, dtype=dtype), _meta(n, k, dtype=dtype), _meta(n, dtype=dtype)
+    delta_linear_decode.Plan(w, bias, deltas, 16).run(x)
+
+
+def _partial(dtype, kind):
+    """The gradient of some entries of Llama-7B's widest layer."""
+    hand, (count, tile) = OPS["partial_linear"].hands["triton"], PARTS[kind]
+    x, dy, k = _meta(4096, 4096, dtype=dtype), _meta(4096, 11008, dtype=dtype), 4096
+    at = _meta(count, dtype=torch.int64)
+    if kind == "elements":
+        # the tables depend on numbers, which "meta" has not
+        block = hand.tiles.sampled(dtype)
+        sizes = k, block["BLOCK_N"], block["BLOCK_K"]
+        some = torch.arange(count) * (11008 * k // count)
+        at.pefast_by_tile = (*sizes, 0), [t.to("meta") for t in hand._tables(some, *sizes)]
+    hand.chosen_gradient(dy, x, Index(kind, at, tile))
+
+
 def _attention(d, causal, dropped):
     """Forward and backward of 2048 keys behind a prefix of 32, 8 queries for each key head."""
     q, k = _meta(2, 32, 2048, d, dtype=torch.bfloat16), _meta(2, 4, 2048, d, dtype=torch.bfloat16)
@@ -203,13 +245,12 @@ def _meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def gate(targets: list[str], full: bool) -> tuple[int, dict]:
+def gate(targets: list[str], full: bool, only: str = "") -> tuple[int, dict]:
     """Print a line for each compiled kernel; the number that is rejected, and what was read of each."""
     rejected, table = 0, {}
     for target in targets:
         for case, dot, launch in launches(full):
-            # triton's AMD compiler fails on a tile with addresses in two tensors, and the hand refuses there
-            if target == "gfx942" and case.startswith("attention"):
+            if only not in case:
                 continue
             begin = time.perf_counter()
             with compiling_for(target) as compiled:
@@ -230,11 +271,12 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default="sm80,sm90", help="of " + ", ".join(TARGETS))
+    parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--full", action="store_true", help="every dtype, rank and size, some minutes")
     parser.add_argument("--table", type=Path, help="a JSON file to write")
     options = parser.parse_args()
     print(f"triton {triton.__version__}, torch {torch.__version__}")
-    rejected, table = gate(options.targets.split(","), options.full)
+    rejected, table = gate(options.targets.split(","), options.full, options.only)
     if options.table:
         head = {"triton": triton.__version__, "columns": Made._fields}
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in (head | table).items()]

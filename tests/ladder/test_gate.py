@@ -46,19 +46,29 @@ def run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], cwd=FOLDER, capture_output=True, text=True, timeout=580)
 
 
+# what each release of triton makes of the kernels
+TABLES = {json.loads(path.read_text())["triton"]: path for path in FOLDER.glob("gate*.json")}
+
+
 def test_every_kernel_passes_on_sm80_and_sm90_as_the_table_says(tmp_path):
     done = run("compile_gate.py", "--table", str(tmp_path / "gate.json"))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    got, table = (json.loads(path.read_text()) for path in (tmp_path / "gate.json", FOLDER / "gate.json"))
+    got = json.loads((tmp_path / "gate.json").read_text())
+    table = json.loads(TABLES.get(got["triton"], FOLDER / "gate.json").read_text())
     assert got.keys() == {name for name in table if not name.startswith(("sm100", "sm120", "gfx"))}
     if got["triton"] == table["triton"]:
         assert got == {name: table[name] for name in got}
 
 
-def test_the_table_has_every_target_and_no_spills():
-    table = json.loads((FOLDER / "gate.json").read_text())
+@pytest.mark.parametrize("release", TABLES)
+def test_the_table_has_every_target_and_no_spills(release):
+    table = json.loads(TABLES[release].read_text())
     rows = {name: value for name, value in table.items() if name not in ("triton", "columns")}
-    assert {name.split()[0] for name in rows} == {"sm80", "sm90", "sm100", "sm120", "gfx942"}
+    targets = {name.split()[0] for name in rows}
+    # the release that is pinned is shown for every target, an older one for what CI compiles
+    assert targets == (
+        {"sm80", "sm90", "sm100", "sm120", "gfx942"} if release == "3.7.1" else {"sm80", "sm90"}
+    )
     spills = table["columns"].index("spills")
     assert all(row[spills] == 0 for value in rows.values() for row in value)
 

@@ -129,7 +129,7 @@ def _mask(mask: Tensor | None, b: int, l: int, drops: bool) -> tuple[Tensor | No
     """The mask as integers, and its strides over batch, rows and keys."""
     if mask is None:
         return None, (0, 0, 0)
-    # triton 3.6 and 3.7 take weights from bytes and a dropout mask for 4-bit numbers, and mma.sync then leaves
+    # triton 3.6 and 3.7 take weights from bytes and a dropout mask for 4-bit numbers, and mma.sync leaves
     # out half of a sum over 16 rows: dk and dv were wrong on sm_80 (its pull requests 10645, 11691)
     mask = mask.to(torch.int16) if drops else mask.view(torch.uint8)
     strides = mask.expand(b, 1, l, mask.shape[3]).stride()

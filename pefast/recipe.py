@@ -65,6 +65,7 @@ class Training:
     dtype: str = "float32"
     threads: int | None = None  # torch's own choice
     accelerate: bool = True  # dropout and attention of the base model run on pefast's kernels too
+    compute: str | None = None  # "bf16": fp32 products round their factors to bf16 where that is faster
 
 
 @dataclass
@@ -324,6 +325,10 @@ def _check(recipe: Recipe) -> None:
             options[key] = _value(float, value, f"training.rates.{method}.{key}")
     if recipe.training.dtype not in DTYPES:
         raise ValueError(f"training.dtype: {recipe.training.dtype!r} came; it is one of {', '.join(DTYPES)}")
+    if recipe.training.compute not in (None, "bf16"):
+        raise ValueError(
+            f"training.compute: {recipe.training.compute!r} came; bf16, or nothing, would be right"
+        )
     for name in ("epochs", "batch", "lr", "max_length", "accumulate", *_COUNTS):
         value = getattr(recipe.training, name)
         if value is not None and not value > 0:

@@ -4,9 +4,9 @@ import contextlib
 import json
 import os
 import random
-import resource
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,15 +154,23 @@ def fit(run: Run, watcher: Watcher, resume: bool = False) -> dict[str, float]:
 def _record(trainer: AdapterTrainer) -> dict[str, object]:
     """The log of the whole run, and what this process measured: a resumed one only its own steps."""
     on_gpu = torch.cuda.is_available()
-    # the system counts in kilobytes, and from the process's beginning
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "log": trainer.state.log_history,
         "seconds": trainer.gauges.finish(),
         "measured_steps": trainer.gauges.steps,
         "held": held(trained_by_method(trainer.accelerator.unwrap_model(trainer.model)), trainer.optimizer),
-        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else peak,
+        "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else _peak(),
     }
+
+
+def _peak() -> int | None:
+    """The most bytes that this process has held since it began; None where the system does not say."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+    # a Mac counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _trainer(run: Run, watcher: Watcher, folder: Path, interrupt: Interrupt) -> AdapterTrainer:
@@ -277,7 +285,8 @@ def _step(run: Run, batch: dict[str, Tensor], plain: bool) -> float:
 
 
 def _accelerate(run: Run, on: bool) -> None:
-    pefast.accelerate(run.model, attention=on, dropout=on, loss=on, peft=on)
+    compute = run.recipe.training.compute if on else None
+    pefast.accelerate(run.model, attention=on, dropout=on, loss=on, peft=on, compute=compute)
 
 
 def _arguments(run: Run, folder: Path) -> TrainingArguments:

@@ -221,6 +221,7 @@ def test_recipe_is_read_changed_and_written_back(tmp_path):
         (RECIPE + "training: {batch: 1.5}\n", "recipe.training.batch: 1.5 came; a whole number is wanted"),
         (RECIPE + "training: {lr: 0}\n", "training.lr: 0.0 came; it should be above 0"),
         (RECIPE + "training: {dtype: int8}\n", "training.dtype: 'int8' came; it is one of float32"),
+        (RECIPE + "training: {compute: int8}\n", "training.compute: 'int8' came; bf16, or nothing"),
         (RECIPE + "training: [1]\n", "recipe.training: [1] came; keys are wanted"),
         (RECIPE + "methods: [lora]\n", "recipe.methods: 'lora' came; each entry is `method: name`"),
         (RECIPE.replace("bad", "no"), "data.names: YAML reads yes, no, on and off without quotes as False"),

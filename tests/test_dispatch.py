@@ -97,7 +97,9 @@ def test_the_table_of_each_operation(name):
     assert "eager" in operation.backends and set(operation.backends) <= hands
     assert name not in ("dropout", "delta_linear") or set(operation.backends) == hands
     for module in operation.hands.values():
-        assert callable(module.refuse) and callable(module.forward)
+        # a hand may compute a gradient alone, and leave the rest to the eager one
+        computes = ("forward", "chosen_gradient") if name == "partial_linear" else ("forward",)
+        assert callable(module.refuse) and any(callable(getattr(module, part, None)) for part in computes)
 
 
 def example() -> Call:

@@ -9,6 +9,7 @@ from pefast.kernels.forms import RATES
 from typer.testing import CliRunner
 
 from pefast import cli, tuner
+from pefast.commands.screen import console
 from pefast.commands.tune import show
 
 PRODUCT = tuning.Kind("product", 16, 32)
@@ -178,7 +179,7 @@ def test_where_all_are_dropped_nothing_is_kept():
 
 
 def test_the_table_says_what_was_dropped(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "width", 200)
     show(measured(3e-6, None, 1e-6))
     said = capsys.readouterr().out
     assert "3.0" in said and "computes wrong: y" in said and "measured on this GPU" in said

@@ -69,7 +69,7 @@ def _ups(call) -> Tensor:  # [N, R]
 
 def _own_rows(call, s) -> Tensor | None:
     """1 for the rows of the segment's adapter, 0 for others [M, 1]; None: all are its own."""
-    return None if s.adapter is None else (call.ids == s.adapter).to(call.x.dtype)[:, None]
+    return None if s.adapter is None else (call.ids == s.adapter).to(call.w.dtype)[:, None]
 
 
 def _waist(call, s, stream: int) -> tuple[Tensor, Tensor | None]:

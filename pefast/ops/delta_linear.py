@@ -220,9 +220,9 @@ class _OneLoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, hand, x, a, b):
-        y, ((h, z),) = OP.hands[hand].forward(call)
+        y, saved = OP.hands[hand].forward(call)
         s = call.segments[0]
-        ctx.save_for_backward(x, a, b, h, z, call.w, call.seed, call.ids)
+        ctx.save_for_backward(x, a, b, call.w, call.seed, call.ids, *(t for pair in saved for t in pair))
         ctx.spec = hand, call.mask, call.compute, s.scale, s.activation, s.dropout, s.adapter
         return shaped(y, x)
 
@@ -230,7 +230,8 @@ class _OneLoRA(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("delta_linear: has no second derivative; create_graph=False would be right")
-        x, a, b, h, z, w, seed, ids = ctx.saved_tensors
+        x, a, b, w, seed, ids, *rest = ctx.saved_tensors
+        saved = list(zip(rest[::2], rest[1::2], strict=True))
         hand, mask, compute, scale, activation, rate, adapter = ctx.spec
         _, _, need_x, need_a, need_b = ctx.needs_input_grad
         shape = x.shape
@@ -239,7 +240,7 @@ class _OneLoRA(torch.autograd.Function):
         segment = Segment(a, b, scale, activation, None, None, rate, adapter)
         call = Call(x, w, None, None, ids, seed, (segment,), mask, compute)
         needs = Needs(need_x, False, False, False, ((need_a, need_b, False, False, False),))
-        dx, _, _, _, ((da, db, *_),) = OP.hands[hand].backward(call, ((h, z),), dy, needs)
+        dx, _, _, _, ((da, db, *_),) = OP.hands[hand].backward(call, saved, dy, needs)
         if dx is not None and len(shape) != 2:
             dx = dx.view(shape)
         return None, None, dx, da, db

@@ -32,8 +32,9 @@ environment: $(INSTALLED)
 demo: environment
 	$(RUN) examples/demo.py $(if $(QUICK),--quick)
 
+# files side by side on up to four cores; PYTEST=-n0 runs them one after another
 test: environment
-	$(RUN) -m pytest $(PYTEST)
+	$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile $(PYTEST)
 
 # the demo's report as Chromium shows it: out/report-light.png, -dark.png, -phone.png; skipped without a browser
 report-screenshot: environment

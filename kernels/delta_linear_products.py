@@ -1,7 +1,8 @@
 """delta_linear's products in Triton. Names: pefast/ops/delta_linear.py; slots: waist.py.
 
     waist       h = σ(x̂ aᵀ + c)                   of the rows that a slot belongs to
-    product     y = Σ s·h bᵀ + x wᵀ               the waist's part first, then one walk along K
+    product     y = Σ s·h bᵀ + x wᵀ               the waist's part first, then one walk along K; in fp32 each step of a
+                                              walk for y is a sum of its own
                 dx = Σ mask ⊙ (dz a)/(1-p) + du w
     whole       h and y of one walk along K; every column of tiles makes the waist again
 
@@ -33,6 +34,21 @@ def near(LENGTH: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
         offsets = offsets.to(tl.int64)
     return offsets
+
+
+@triton.jit
+def plus(y, left, right, PRECISION: tl.constexpr):
+    """y + left right, where an inner dimension is cut into tiles and y is the sum so far.
+
+    In fp32 each tile's product is a sum of its own: one chain of all products would round each at y's size.
+    """
+    if left.dtype == tl.float32 and PRECISION == "ieee":
+        # a limit of sums at once, without which the compiler makes one chain of it
+        length: tl.constexpr = left.shape[1]
+        y += tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=length)
+    else:
+        y = tl.dot(left, right, y, input_precision=PRECISION)
+    return y
 
 
 @triton.jit
@@ -260,7 +276,7 @@ def product(
             if inner_ptr is not None:
                 gain = tl.load(inner_ptr + k + offs_k, mask_k, other=0.0).to(tl.float32)
                 x = (x.to(tl.float32) * gain[None, :]).to(x.dtype)
-            y = tl.dot(x, w_t, y, input_precision=PRECISION)
+            y = plus(y, x, w_t, PRECISION)
             x_first += tl.cast(BLOCK_K, tl.int64) * stride_xk
             w_first += tl.cast(BLOCK_K, tl.int64) * stride_wk
 
@@ -330,7 +346,7 @@ def whole(
         x = tl.load(x_first + x_offs, mask_m & mask_k[None, :], other=0.0)
         w_t = tl.load(w_first + w_offs, mask_k[:, None] & mask_n, other=0.0)
         a_t = tl.load(a_ptr + a_offs, mask_k[:, None] & mask_r[None, :], other=0.0).to(x.dtype)
-        y = tl.dot(x, w_t, y, input_precision=PRECISION)
+        y = plus(y, x, w_t, PRECISION)
         z = tl.dot(x, a_t, z, input_precision=PRECISION)
         x_first += tl.cast(BLOCK_K, tl.int64) * stride_xk
         w_first += tl.cast(BLOCK_K, tl.int64) * stride_wk

@@ -156,8 +156,8 @@ FAULTS = {
         "split",
         lora,
         PRODUCTS,
-        "y = tl.dot(x, w_t, y,",
-        "y = tl.dot(x, w_t, y * 0,",
+        "y = plus(y, x, w_t,",
+        "y = plus(y * 0, x, w_t,",
     ),
     "mask of the next row": (
         "numbers",

@@ -1,12 +1,12 @@
 """delta_linear's products in Triton. Names: pefast/ops/delta_linear.py; slots: waist.py.
 
     waist       h = σ(x̂ aᵀ + c)                   of the rows that a slot belongs to
-    product     y = Σ s·h bᵀ + x wᵀ               the waist's part first, then one walk along K; in fp32 each step of a
-                                              walk for y is a sum of its own
+    product     y = Σ s·h bᵀ + x wᵀ               the waist's part first, then one walk along K
                 dx = Σ mask ⊙ (dz a)/(1-p) + du w
     whole       h and y of one walk along K; every column of tiles makes the waist again
 
-x̂ is made in registers from the seed and never stored. Rows and slots count as 64-bit numbers.
+x̂ is made in registers from the seed and never stored. Rows and slots count as 64-bit numbers. In fp32 each
+step of a walk for y or dx is a sum of its own.
 """
 
 from . import tl, triton

@@ -71,7 +71,7 @@ def test_several_tiles_and_strips(nan_filled_empty, road, target):
 
 @pytest.mark.parametrize("road", ["whole", "split"])
 def test_fp32_along_a_wide_layer(nan_filled_empty, road):
-    # one chain of sums along K is too far from the formula here: 1.1 of what is allowed by whole, 2.2 by split
+    # one chain of sums along K is too far from the formula here: 1.1 of the allowed by whole, 2.2 by split
     m, k, n, r = 16, 1024, 64, 3
     shapes = {"x": (m, k), "w": (n, k), "bias": (n,), "a": (r, k), "b": (n, r), "dy": (m, n)}
     generator = torch.Generator().manual_seed(1)

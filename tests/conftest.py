@@ -10,13 +10,13 @@ import torch
 import transformers
 
 transformers.logging.set_verbosity_error()
-# tiny products: a second thread costs more than it brings
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _alike():
     torch.manual_seed(0)
+    # tiny products: a second thread costs more than it brings
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

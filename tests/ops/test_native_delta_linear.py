@@ -29,14 +29,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_call(
     shape, dropout=0.0, masters=torch.float32, bias=True, apart=0, conv1d=False, scale=1.5
 ) -> tuple:

@@ -29,14 +29,6 @@ SHAPES = [
 ALL = Needs(True, False, False, False, ((True, True, False, True, True),))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_call(shape, dropout=0.0, bias=True, apart=0, form="linear", given=False, compute=None) -> tuple:
     """A call and a gradient of its result; rows of x and dy have `apart` numbers between them."""
     m, k, n, r = shape

@@ -17,14 +17,6 @@ M, K, N, SEED = 70, 96, 130, 31
 IDS = torch.arange(M) % 4 - 1
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def normal(*size, by=1.0):
     return torch.randn(*size, dtype=torch.float64).mul_(by).float()
 

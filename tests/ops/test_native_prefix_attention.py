@@ -46,14 +46,10 @@ KIND = [torch.bfloat16]
 
 
 @pytest.fixture(autouse=True, params=[torch.bfloat16, torch.float32], ids=str)
-def _kind_and_one_thread(request):
+def _kind(request):
     if not native._HERE[request.param]:
         pytest.skip(f"needs {native._NEEDS[request.param]}")
     KIND[0] = request.param
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_call(sizes, seed=0, shared=True, size=1.0, **options) -> tuple[Call, torch.Tensor]:

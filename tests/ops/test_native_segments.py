@@ -18,14 +18,6 @@ SEED = torch.tensor([987654321])
 SHAPES = [(1, 64, 48, 4), (37, 129, 65, 3), (40, 96, 80, 40), (530, 130, 70, 16), (1100, 64, 96, 5)]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Inputs:
     """Signed, seeded tensors by name; the same name is the same tensor, in float32 unless said otherwise."""
 

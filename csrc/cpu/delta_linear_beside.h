@@ -195,7 +195,9 @@ inline void multiply_strip(const Strip& s, float* sums, float* masked, Beside& b
     left = chunks;
     for (size_t i = 0; i < s.mains.size(); ++i) {
         const Factors &f = s.mains[i], &next = i + 1 < s.mains.size() ? s.mains[i + 1] : s.next;
-        beside.strip = Fetch(next.strip, next.strip ? next.steps * 4 * TILE : 0, parts(s.rows, 32) * f.steps);
+        // short strips come by themselves, one behind the other: 0.98 of the time at K=384
+        const bool fetched = next.strip && f.steps > CHUNK;
+        beside.strip = Fetch(next.strip, fetched ? next.steps * 4 * TILE : 0, parts(s.rows, 32) * f.steps);
         const int64_t own = std::max<int64_t>(parts(f.steps, CHUNK), 1);
         for (int64_t chunk = 0; chunk < own; ++chunk, --left) {
             const int64_t begin = f.steps * chunk / own, end = f.steps * (chunk + 1) / own;

@@ -111,12 +111,12 @@ def test_the_choice_is_quick():
     operation, call = OPS["delta_linear"], example()
 
     def once():
-        begin = time.perf_counter()
+        begin = time.thread_time()
         for _ in range(2000):
             operation.pick(call)
-        return (time.perf_counter() - begin) / 2000
+        return (time.thread_time() - begin) / 2000
 
-    # 3 µs is the budget; twice that, and the best of many, because the machine may be slow or busy
+    # 3 µs is the budget; twice that, of this thread's own time, because the machine may be slow or busy
     assert min(once() for _ in range(10)) < 6e-6
 
 

@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from pefast.kernels import launch
 
 from pefast import kernels
 
@@ -50,12 +53,33 @@ def run(*command: str) -> subprocess.CompletedProcess:
 TABLES = {json.loads(path.read_text())["triton"]: path for path in FOLDER.glob("gate*.json")}
 
 
-def test_every_kernel_passes_on_sm80_and_sm90_as_the_table_says(tmp_path):
-    done = run("compile_gate.py", "--table", str(tmp_path / "gate.json"))
+PINNED = "3.7.1"
+TARGETS = ("sm80", "sm90", "sm100", "sm120", "gfx942")
+# (release, target) where a release's compiler fails; kernels/launch.py refuses to run there
+EXCEPTED = {
+    (
+        "3.6.0",
+        "gfx942",
+    ): "product on the way back: TritonAMDGPUConvertToBufferOps stops at a pointer that walks"
+    " by a 64-bit step; 20 spills in towards_keys, 7 without that pass",
+}
+# CI has the time for two targets of the release that is pinned
+EVERY = os.environ.get("LADDER") == "full" or (kernels.HAS_TRITON and kernels.triton.__version__ != PINNED)
+
+
+@pytest.mark.parametrize("target", TARGETS if EVERY else TARGETS[:2])
+def test_every_kernel_passes_as_the_table_says(target, tmp_path):
+    file = tmp_path / "gate.json"
+    done = run("compile_gate.py", "--targets", target, "--table", str(file))
+    if (kernels.triton.__version__, target) in EXCEPTED:
+        # an exception that is none any more has to go
+        assert done.returncode != 0
+        assert "ConvertToBufferOps" in done.stderr, done.stderr[-2000:]
+        return
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    got = json.loads((tmp_path / "gate.json").read_text())
+    got = json.loads(file.read_text())
     table = json.loads(TABLES.get(got["triton"], FOLDER / "gate.json").read_text())
-    assert got.keys() == {name for name in table if not name.startswith(("sm100", "sm120", "gfx"))}
+    assert got.keys() == {name for name in table if name.split()[0] in ("triton", "columns", target)}
     if got["triton"] == table["triton"]:
         assert got == {name: table[name] for name in got}
 
@@ -64,13 +88,19 @@ def test_every_kernel_passes_on_sm80_and_sm90_as_the_table_says(tmp_path):
 def test_the_table_has_every_target_and_no_spills(release):
     table = json.loads(TABLES[release].read_text())
     rows = {name: value for name, value in table.items() if name not in ("triton", "columns")}
-    targets = {name.split()[0] for name in rows}
-    # the release that is pinned is shown for every target, an older one for what CI compiles
-    assert targets == (
-        {"sm80", "sm90", "sm100", "sm120", "gfx942"} if release == "3.7.1" else {"sm80", "sm90"}
-    )
+    assert {name.split()[0] for name in rows} == {t for t in TARGETS if (release, t) not in EXCEPTED}
     spills = table["columns"].index("spills")
     assert all(row[spills] == 0 for value in rows.values() for row in value)
+
+
+@pytest.mark.parametrize(
+    ("release", "hip", "refused"), [("3.6.0", "6.4", True), ("3.7.1", "7.0", False), ("3.6.0", None, False)]
+)
+def test_what_is_excepted_is_refused_on_such_a_gpu(release, hip, refused, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(launch.triton, "__version__", release)
+    why = launch.why_not_here(SimpleNamespace(is_cuda=True, dtype=torch.bfloat16))
+    assert why == (f"needs triton 3.7 or later on an AMD GPU, this is {release}" if refused else "")
 
 
 def test_the_gate_rejects_what_spills_and_what_misses_the_tensor_cores():

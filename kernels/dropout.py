@@ -16,17 +16,25 @@ from .launch import INTERPRETED, checked, through_the_registry, why_not_here
 
 @triton.jit
 def keep_tile(row, first, threshold, seed, stream, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which elements of a tile stay [BLOCK_M, BLOCK_N]; `first`, its first column, is a multiple of 128."""
-    BLOCK_C: tl.constexpr = BLOCK_N // 8
+    """Which elements of a tile stay [BLOCK_M, BLOCK_N]; `first`, its first column, is a multiple of 128.
+
+    Or of 64, where BLOCK_N is 64: then half of the numbers are made for nothing.
+    """
+    BLOCK_C: tl.constexpr = 16 if BLOCK_N == 64 else BLOCK_N // 8
     counter = first // 128 * 16 + tl.arange(0, BLOCK_C)
     c0 = counter.to(tl.uint32)[None, :]
     c1 = row.to(tl.uint32)[:, None]
     word_0, word_1, word_2, word_3 = tl.philox(seed, c0, c1, stream, 0)  # [BLOCK_M, BLOCK_C] each
 
     # from (128 columns, lane, word) to the order of the columns: (128 columns, word, lane)
-    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
-    words = tl.reshape(words, (BLOCK_M, BLOCK_N // 128, 16, 4))
-    words = tl.reshape(tl.permute(words, (0, 1, 3, 2)), (BLOCK_M, BLOCK_N // 2))
+    if BLOCK_N == 64:
+        right = first % 128 >= 64
+        words = tl.join(tl.where(right, word_2, word_0), tl.where(right, word_3, word_1))
+        words = tl.reshape(tl.permute(words, (0, 2, 1)), (BLOCK_M, BLOCK_N // 2))
+    else:
+        words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
+        words = tl.reshape(words, (BLOCK_M, BLOCK_N // 128, 16, 4))
+        words = tl.reshape(tl.permute(words, (0, 1, 3, 2)), (BLOCK_M, BLOCK_N // 2))
     bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK_M, BLOCK_N))
     return bits >= threshold
 

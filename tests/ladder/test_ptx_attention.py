@@ -22,6 +22,7 @@ REPRESENTATIVE = [
     ("sm90", "decode, grouped", "padded_right", FP16),
     ("sm80", "no prefix", "plain", FP16),
     ("sm80", "ragged", "everything", FP32),
+    ("sm80", "wide head", "everything", BF16),  # half a block of the mask at a time
 ]
 EVERY = list(itertools.product(TARGETS, CASES, FORMS, (BF16, FP16, FP32)))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pefast.kernels import tiles
 from planted_faults import mutant
 from prefix_attention_check import CASES, FORMS, LEAVES, SEED, by_hand, check, everything, make_inputs
 
@@ -24,6 +25,13 @@ def test_forward_and_gradients(device, nan_filled_empty, case, form):
 def test_every_dtype_and_a_prefix_for_each_row(device, nan_filled_empty, dtype, shared):
     check(hand, make_inputs("ragged", dtype, shared), device, **everything(2, 37, 45))
     check(hand, make_inputs("ragged", dtype, shared), device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_half_a_block_of_the_mask_at_a_time(device, nan_filled_empty, monkeypatch, dtype):
+    monkeypatch.setattr(tiles, "_older_than_hopper", lambda: True)
+    assert tiles.attention_keys(dtype, 128, True)["BLOCK_C"] == 64
+    check(hand, make_inputs("wide head", dtype), device, **everything(1, 45, 95))
 
 
 def test_any_strides(device):

@@ -31,9 +31,9 @@ def whole(x: Tensor, n: int, slots: int) -> dict:
     return _tuned("whole", x, n, slots)
 
 
-def back(dy: Tensor, k: int, slots: int) -> dict:
+def back(dy: Tensor, k: int, slots: int, dropout: bool) -> dict:
     """Of dx with dz beside it, and BLOCK_U columns of db behind."""
-    return _tuned("back", dy, k, slots)
+    return _tuned("back", dy, k, slots, dropout)
 
 
 def narrow(dy: Tensor, slots: int) -> dict:
@@ -58,7 +58,7 @@ def _name(index: int) -> str:
 
 def decode(dtype) -> dict:
     """Of w, for a few rows: three tiles of it on their way to each program."""
-    return _sizes(8, 3, BLOCK_N=128, BLOCK_K=32 if dtype == torch.float32 else 64)
+    return _sizes(8, 3, BLOCK_N=128, BLOCK_K=16 if dtype == torch.float32 else 64)
 
 
 def decode_strips(n: int, k: int, dtype) -> tuple[int, int]:
@@ -76,7 +76,7 @@ def chosen(dtype, height: int, width: int) -> dict:
         name: min(128 if dtype != torch.float32 else 64, max(16, triton.next_power_of_2(size)))
         for name, size in (("BLOCK_N", height), ("BLOCK_K", width))
     }
-    rows = 32 if dtype == torch.float32 else 64
+    rows = 16 if dtype == torch.float32 else 64
     return _sizes(8 if blocks["BLOCK_N"] * blocks["BLOCK_K"] >= 4096 else 4, 2, BLOCK_M=rows, **blocks)
 
 
@@ -100,19 +100,19 @@ def attention_keys(dtype, d: int, dropout: bool) -> dict:
     wide = max(16, triton.next_power_of_2(d))
     if dtype == torch.float32:
         return _sizes(8, 1, BLOCK_L=16, BLOCK_C=128 if dropout else 32, BLOCK_D=wide)
-    if dropout and wide > 64 and _older_than_hopper():
-        # 128 keys spill there; of 64, half of the numbers for a mask are made for nothing
+    if dropout and wide > 64 and not _on_hopper():
+        # 128 keys spill elsewhere; of 64, half of the numbers for a mask are made for nothing
         return _sizes(8, 1, BLOCK_L=32, BLOCK_C=64, BLOCK_D=wide)
     rows = 16 if dropout else 32 if wide > 64 else 64
     return _sizes(8, 1, BLOCK_L=rows, BLOCK_C=128 if dropout or wide <= 64 else 64, BLOCK_D=wide)
 
 
-def _older_than_hopper() -> bool:
-    """Whether a launch on the current GPU would find compute capability 8."""
+def _on_hopper() -> bool:
+    """Whether a launch would find a GPU of compute capability 9.0."""
     if INTERPRETED:
         return False
     target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch < 90
+    return (target.backend, target.arch) == ("cuda", 90)
 
 
 def strips(m: int, columns: int, block_m: int, programs: int) -> tuple[int, int]:

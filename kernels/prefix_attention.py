@@ -83,7 +83,7 @@ def _backward(do, o, lse, q, k, v, prefix_k, prefix_v, mask, causal, scale, p, s
     do = do if do.stride(-1) == 1 else do.contiguous()
     o = o if o.stride(-1) == 1 else o.contiguous()
     dots = torch.empty_like(lse)
-    block = tiles.attention(q.dtype, d, p > 0, 1)
+    block, by_keys = tiles.attention(q.dtype, d, p > 0, 1), tiles.attention_keys(q.dtype, d, p > 0)
     settings = (scale, *_numbers(p, seed))
     sizes, strides = _sizes(*tensors), _strides(*tensors)
     flags = {"CAUSAL": causal, "ALIGNED": _aligned(tensors), "DROPOUT": p > 0, "PRECISION": _precision(q)}
@@ -92,7 +92,6 @@ def _backward(do, o, lse, q, k, v, prefix_k, prefix_v, mask, causal, scale, p, s
             *tensors, mask, o, do, lse, dots, dq, *sizes, *strides, *mask_strides, *o.stride()[:3],
             *do.stride()[:3], *settings, **flags, **block,
         )  # fmt: skip
-        by_keys = tiles.attention_keys(q.dtype, d, p > 0)
         kernels.towards_keys[(triton.cdiv(keys, by_keys["BLOCK_C"]) * g * b,)](
             *tensors, mask, do, lse, dots, dk, dv, *parts, *sizes, *strides, *mask_strides,
             *do.stride()[:3], *settings, **flags, **by_keys,

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import triton, tuning
-from .launch import INTERPRETED
 
 # the widest tile of slots that fits beside a tile of y
 MOST_SLOTS = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}
@@ -100,19 +99,11 @@ def attention_keys(dtype, d: int, dropout: bool) -> dict:
     wide = max(16, triton.next_power_of_2(d))
     if dtype == torch.float32:
         return _sizes(8, 1, BLOCK_L=16, BLOCK_C=128 if dropout else 32, BLOCK_D=wide)
-    if dropout and wide > 64 and not _on_hopper():
-        # 128 keys spill elsewhere; of 64, half of the numbers for a mask are made for nothing
+    if dropout and wide > 64:
+        # 128 keys spill; of 64, half of the numbers for a mask are made for nothing
         return _sizes(8, 1, BLOCK_L=32, BLOCK_C=64, BLOCK_D=wide)
     rows = 16 if dropout else 32 if wide > 64 else 64
     return _sizes(8, 1, BLOCK_L=rows, BLOCK_C=128 if dropout or wide <= 64 else 64, BLOCK_D=wide)
-
-
-def _on_hopper() -> bool:
-    """Whether a launch would find a GPU of compute capability 9.0."""
-    if INTERPRETED:
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return (target.backend, target.arch) == ("cuda", 90)
 
 
 def strips(m: int, columns: int, block_m: int, programs: int) -> tuple[int, int]:

@@ -259,7 +259,7 @@ def _launch_whole(x, w, a, b, c, ids, gain, bias, h, z, u, y, layout):
 def _launch_back(dy, w, a, b, gain, ids, h, z, dz, dx, layout, seed, up_too):
     """dz and dx; the parts of db [strips, R, N]."""
     (m, n), k, r = dy.shape, w.shape[1], layout.total
-    block = tiles.back(dy, k, layout.width)
+    block = tiles.back(dy, k, layout.width, layout.drops)
     columns = triton.cdiv(k, block["BLOCK_K"])
     # a strip of several tiles leaves fewer parts of db; 512 programs are waves enough for a large GPU
     strips, rows = tiles.strips(m, columns, block["BLOCK_M"], 512)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import forms, tiles, tl, triton
-from .delta_linear_products import near
+from .delta_linear_products import near, plus
 from .launch import DTYPES, INTERPRETED, why_not_here
 
 # rows that one step may have: those of the smallest product on tensor cores
@@ -62,7 +62,7 @@ def _with_delta(
     stride = tl.load(slot_ptr + slots * 4 + 2, mask_r, other=0)
     b_ptrs = b_ptr + (place[None, :] + offs_n[:, None] * stride[None, :])
     b = tl.load(b_ptrs, mask_n[:, None] & mask_r[None, :], other=0.0).to(dtype)
-    return tl.dot(b, h_t, y_t, input_precision=PRECISION)
+    return plus(y_t, b, h_t, PRECISION)
 
 
 @triton.jit(do_not_specialize=["M", "count"])
@@ -115,8 +115,8 @@ def step(
         x_t = tl.load(x_first + k + x_offs, mask_k[:, None] & mask_m, other=0.0)
         w = tl.load(w_first + w_offs, mask_n[:, None] & mask_k[None, :], other=0.0)
         a = tl.load(a_ptrs + k, mask_r[:, None] & mask_k[None, :], other=0.0).to(x_t.dtype)
-        y_t = tl.dot(w, x_t, y_t, input_precision=PRECISION)
-        z_t = tl.dot(a, x_t, z_t, input_precision=PRECISION)
+        y_t = plus(y_t, w, x_t, PRECISION)
+        z_t = plus(z_t, a, x_t, PRECISION)
         w_first += tl.cast(BLOCK_K, tl.int64) * stride_wk
     y_t = _with_delta(
         y_t, z_t, b_ptr, slot_ptr, scale_ptr, 0, count, offs_n, mask_n, x_ptr.dtype.element_ty, PRECISION,
@@ -132,7 +132,7 @@ def step(
             mask_k = offs_k < end - k
             x_t = tl.load(x_first + k + x_offs, mask_k[:, None] & mask_m, other=0.0)
             a = tl.load(a_ptrs + k, mask_r[:, None] & mask_k[None, :], other=0.0).to(x_t.dtype)
-            z_t = tl.dot(a, x_t, z_t, input_precision=PRECISION)
+            z_t = plus(z_t, a, x_t, PRECISION)
         y_t = _with_delta(
             y_t, z_t, b_ptr, slot_ptr, scale_ptr, first, count, offs_n, mask_n, x_ptr.dtype.element_ty,
             PRECISION, BLOCK_R,

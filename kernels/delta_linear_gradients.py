@@ -13,7 +13,7 @@ The parts are fp32 and no atomics add them: same input, same bits.
 
 from . import tl, triton
 from .activations import slope_slots
-from .delta_linear_products import near, own_rows, swizzled
+from .delta_linear_products import near, own_rows, plus, swizzled
 from .dropout import dropped, keep_tile
 
 _RUN_TIME = ["M", "R", "rows", "strips", "share", "tiles", "parts", "seed"]
@@ -99,8 +99,8 @@ def back(
             if gain_ptr is not None:
                 gain = tl.load(gain_ptr + n + tl.arange(0, BLOCK_N), mask_n, other=0.0).to(tl.float32)
                 dy = (dy.to(tl.float32) * gain[None, :]).to(dy.dtype)
-            dx = tl.dot(dy, w, dx, input_precision=PRECISION)
-            dh = tl.dot(dy, b, dh, input_precision=PRECISION)
+            dx = plus(dx, dy, w, PRECISION)
+            dh = plus(dh, dy, b, PRECISION)
             dy_first += tl.cast(BLOCK_N, tl.int64) * stride_dn
             w_first += tl.cast(BLOCK_N, tl.int64) * stride_wn
             b_first += tl.cast(BLOCK_N, tl.int64) * stride_bn
@@ -117,7 +117,7 @@ def back(
             keep = keep_tile(offs_m, column * BLOCK_K, threshold, seed, stream, BLOCK_M, BLOCK_K)
             dx += dropped(tl.dot(dz, a, input_precision=PRECISION), keep, tl.load(keep_ptr))
         else:
-            dx = tl.dot(dz, a, dx, input_precision=PRECISION)
+            dx = plus(dx, dz, a, PRECISION)
         dx_first = dx_ptr + first_m * K + column.to(tl.int64) * BLOCK_K
         dx_ptrs = dx_first + (row[:, None] * K + near_k[None, :])
         tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask_m & mask_k)
@@ -213,7 +213,7 @@ def narrow(
         if UP:
             h_ptrs = h_ptr + offs_m[None, :] * R + offs_r[:, None]
             h_t = tl.load(h_ptrs, mask_r[:, None] & mask_m[None, :], other=0.0)
-            db = tl.dot(h_t, dy, db, input_precision=PRECISION)
+            db = plus(db, h_t, dy, PRECISION)
         dy_first += tl.cast(BLOCK_M, tl.int64) * stride_dm
 
     if UP:
@@ -301,7 +301,7 @@ def down(
             keep = keep_tile(offs_m, first, threshold, seed, stream, BLOCK_M, BLOCK_K)
             x = dropped(x, keep, tl.load(keep_ptr + number))
         dz_t = tl.load(dz_ptr + offs_m[None, :] * R + offs_r[:, None], mask_r & mask_m[None, :], other=0.0)
-        da = tl.dot(dz_t, x, da, input_precision=PRECISION)
+        da = plus(da, dz_t, x, PRECISION)
         x_first += tl.cast(BLOCK_M, tl.int64) * stride_xm
 
     da_ptrs = da_ptr + (strip * computed + offs_r[:, None]) * K + offs_k[None, :]

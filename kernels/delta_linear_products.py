@@ -6,7 +6,7 @@
     whole       h and y of one walk along K; every column of tiles makes the waist again
 
 x̂ is made in registers from the seed and never stored. Rows and slots count as 64-bit numbers. In fp32 each
-step of a walk for y or dx is a sum of its own.
+step of a walk is a sum of its own.
 """
 
 from . import tl, triton
@@ -121,7 +121,7 @@ def waist(
             threshold, stream = tl.load(tile + 3), tl.load(tile + 2)
             keep = keep_tile(offs_m, k, threshold, seed, stream, BLOCK_M, BLOCK_K)
             x = dropped(x, keep, tl.load(keep_ptr + tl.program_id(0) % tiles))
-        z = tl.dot(x, a_t, z, input_precision=PRECISION)
+        z = plus(z, x, a_t, PRECISION)
         x_first += tl.cast(BLOCK_K, tl.int64) * stride_xk
         a_first += tl.cast(BLOCK_K, tl.int64) * stride_ak
 
@@ -347,7 +347,7 @@ def whole(
         w_t = tl.load(w_first + w_offs, mask_k[:, None] & mask_n, other=0.0)
         a_t = tl.load(a_ptr + a_offs, mask_k[:, None] & mask_r[None, :], other=0.0).to(x.dtype)
         y = plus(y, x, w_t, PRECISION)
-        z = tl.dot(x, a_t, z, input_precision=PRECISION)
+        z = plus(z, x, a_t, PRECISION)
         x_first += tl.cast(BLOCK_K, tl.int64) * stride_xk
         w_first += tl.cast(BLOCK_K, tl.int64) * stride_wk
         a_ptr += tl.cast(BLOCK_K, tl.int64) * stride_ak

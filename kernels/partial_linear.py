@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import tiles, tl, triton
-from .delta_linear_products import near
+from .delta_linear_products import near, plus
 from .launch import INTERPRETED, checked, through_the_registry, why_not_here
 
 # programs that keep a large GPU busy
@@ -111,7 +111,7 @@ def _strip_of_products(
         mask_m = (offs_m < end - m)[:, None]
         dy = tl.load(dy_first + dy_offs, mask_m & mask_n[None, :], other=0.0)
         x = tl.load(x_first + x_offs, mask_m & mask_k[None, :], other=0.0)
-        dw = tl.dot(tl.trans(dy), x, dw, input_precision=PRECISION)
+        dw = plus(dw, tl.trans(dy), x, PRECISION)
         dy_first += tl.cast(BLOCK_M, tl.int64) * stride_dm
         x_first += tl.cast(BLOCK_M, tl.int64) * stride_xm
     return dw

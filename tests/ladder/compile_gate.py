@@ -91,6 +91,9 @@ class Made(NamedTuple):
             found.append("more registers than one multiprocessor has")
         if dot and not self.tensor_core:
             found.append("no tensor-core instruction")
+        # nvidia's have none for fp32 as it is
+        if not dot and self.tensor_core and target != "gfx942":
+            found.append("tensor cores round fp32 to tf32")
         return found
 
 

@@ -59,6 +59,8 @@ def compiled(target: str, kind: tuning.Kind, setting: dict) -> list:
     road, form = CASES[kind.kernel]
     if kind.kernel == "waist" and kind.bits == 32 and not kind.dropout:
         form = "lora"
+    if kind.kernel == "back" and kind.dropout:
+        form = "dropped"
     dtype, rank, n, k = (torch.bfloat16 if kind.bits == 16 else torch.float32), kind.slots, 11008, 4096
     wide = {"x": (4096, k), "w": (n, k), "bias": (n,), "gain": (n,), "dy": (4096, n)}
     t = {name: gate._meta(*shape, dtype=dtype) for name, shape in wide.items()}

@@ -33,7 +33,12 @@ def both():
     hand.tiles.product = lambda *sizes: wide
     launch(torch.bfloat16)
 
-compile_gate.launches = lambda full: [("planted", True, both)]
+def rounded():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    launch(torch.float32)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+compile_gate.launches = lambda full: [("planted tf32", False, rounded), ("planted", True, both)]
 compile_gate.gate(["sm80"], False)
 """
 
@@ -109,3 +114,4 @@ def test_the_gate_rejects_what_spills_and_what_misses_the_tensor_cores():
     rejected = [line for line in done.stdout.splitlines() if "REJECTED" in line]
     assert any("product" in line and "spills" in line for line in rejected)
     assert any("waist" in line and "no tensor-core instruction" in line for line in rejected)
+    assert any("planted tf32" in line and "round fp32 to tf32" in line for line in rejected)

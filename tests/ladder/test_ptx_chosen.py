@@ -68,3 +68,26 @@ def test_chosen_entries(monkeypatch, nan_filled_empty, target, case, dtype):
     with on_ptx(target) as launched:
         asked.check(given, "cpu")
     assert launched or not (given["x"].numel() and given["values"].numel())
+
+
+def test_a_decoding_step_along_a_wide_layer_in_fp32(monkeypatch, nan_filled_empty):
+    # one chain of sums along K would be 3 times what is allowed; a wide layer has one strip
+    asked = interpreters_tests("test_delta_linear_decode")
+    monkeypatch.setitem(asked.STEPS, "wide", (16, 4096, 17, [3, 5]))
+    monkeypatch.setattr(asked.tiles, "decode_strips", lambda n, k, dtype: (1, k))
+    x, w, bias, gain, deltas = asked.make("wide", FP32)
+    with on_ptx("sm80", reaches=[t for delta in deltas for t in (delta.a, delta.b)]) as launched:
+        asked.check(x, w, bias, gain, deltas, "cpu")
+    assert [launch.name for launch in launched] == ["step"]
+
+
+@pytest.mark.parametrize("kind", ["columns", "elements"])
+def test_chosen_entries_of_many_rows_in_fp32(monkeypatch, nan_filled_empty, kind):
+    # one chain of sums along M would be 1.9 times what is allowed for columns
+    asked = interpreters_tests("test_partial_linear")
+    monkeypatch.setattr(asked.hand, "refuse", lambda call: "")
+    monkeypatch.setattr(asked.hand, "_PROGRAMS", 1)
+    monkeypatch.setitem(asked.CASES, "many", (2048, 30, 40, kind, 3, (1, 1)))
+    with on_ptx("sm80") as launched:
+        asked.check(asked.make("many", FP32), "cpu")
+    assert len(launched) == 1

@@ -69,10 +69,24 @@ def test_several_tiles_and_strips(nan_filled_empty, road, target):
     assert any("cp.async.wait_group" in launch.text for launch in launched)
 
 
-@pytest.mark.parametrize("road", ["whole", "split"])
-def test_fp32_along_a_wide_layer(nan_filled_empty, road):
-    # one chain of sums along K is too far from the formula here: 1.1 of the allowed by whole, 2.2 by split
-    m, k, n, r = 16, 1024, 64, 3
+# by the allowed one chain of sums along K, N or M would be 1.1, 2.2, 1.2 (h, in db), 2.6 (da), 2.6 (da)
+LONG = [
+    ("whole", 16, 1024, 64),
+    ("split", 16, 1024, 64),
+    ("split", 16, 4096, 17),
+    ("whole", 16, 33, 2048),
+    ("split", 2048, 17, 33),
+]
+
+
+@pytest.mark.parametrize(("road", "m", "k", "n"), LONG)
+def test_fp32_along_a_wide_layer(nan_filled_empty, monkeypatch, road, m, k, n):
+    def one_strip(m, columns, block_m, programs):
+        return 1, -(-m // block_m) * block_m
+
+    # so many rows for one program take many columns, or more rows than there is time for
+    monkeypatch.setattr(hand.tiles, "strips", one_strip)
+    r = 3
     shapes = {"x": (m, k), "w": (n, k), "bias": (n,), "a": (r, k), "b": (n, r), "dy": (m, n)}
     generator = torch.Generator().manual_seed(1)
     inputs = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}

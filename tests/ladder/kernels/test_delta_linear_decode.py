@@ -232,7 +232,7 @@ FAULTS = {
         "range(BLOCK_R, count, BLOCK_R)",
         "range(BLOCK_R, BLOCK_R, BLOCK_R)",
     ),
-    "sum not carried": ("numbers", "y_t = tl.dot(w, x_t, y_t,", "y_t = tl.dot(w, x_t, y_t * 0,"),
+    "sum not carried": ("numbers", "y_t = plus(y_t, w,", "y_t = plus(y_t * 0, w,"),
 }
 
 

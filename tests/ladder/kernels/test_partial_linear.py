@@ -188,7 +188,7 @@ FAULTS = {
         "x_ptr + 0 * rows * stride_xm",
     ),
     "the last strip forgotten": ("numbers", "strips of rows", "else parts.sum(0)", "else parts[:-1].sum(0)"),
-    "sum not carried": ("numbers", "rows", "x, dw, input_precision", "x, dw * 0, input_precision"),
+    "sum not carried": ("numbers", "rows", "dw = plus(dw, tl.trans(dy)", "dw = plus(dw * 0, tl.trans(dy)"),
     "elements of the next tile": ("race", "elements", "mask_e = offs_e < end", "mask_e = offs_e <= end"),
     "an element's neighbour": (
         "numbers",

@@ -105,7 +105,6 @@ def _write_method(model: nn.Module, folder: Path, name: str, key: str, with_head
     config |= {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
         "inference_mode": True,
-        "pefast_version": __version__,
     }
     head = head_tensors(model, name) if with_head else {}
     if task := _task_type(model, method.prompt_learning, bool(head)):
@@ -138,7 +137,8 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        # not in PEFT's settings: it warns of each key that it does not know
+        save_file(tensors, path, metadata={"format": "pt", "pefast_version": __version__})
     except SafetensorError as error:
         # its own kind of error also where the disk is full
         raise OSError(f"save: {path} could not be written ({error})") from None

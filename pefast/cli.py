@@ -17,7 +17,7 @@ app = typer.Typer(
     help="Fine-tune transformers at the cost of the frozen model.",
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(epilog=getattr(command, "epilog", None))(command)
 
 
 def main() -> None:

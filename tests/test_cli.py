@@ -1,5 +1,6 @@
 """The command line from a recipe to labels, on a tiny model made here; and what it says of mistakes."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from pefast import doctor, native, recipe, training
 from pefast.cli import app
 from pefast.progress import Watcher
+from pefast.recipe import Source, Training
 from tests import tiny_run
 
 
@@ -159,3 +161,10 @@ def test_without_its_libraries_the_command_line_names_them():
     code = "import sys; sys.modules['typer'] = None; import pefast.cli"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "needs typer" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_help_of_train_shows_every_key_of_a_recipe_with_its_default():
+    said = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["train", "--help"]).output
+    for key in dataclasses.fields(Training):
+        assert f"training.{key.name}={key.default}" in said
+    assert all(f"data.{key.name}" in said for key in dataclasses.fields(Source))

@@ -12,6 +12,10 @@ from rich.table import Table
 
 console = Console(highlight=False)
 
+Quick = Annotated[bool, typer.Option("--quick", help="The recipe's own short form: minutes.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as data.train_rows=500.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that `pefast train` wrote.")]
 
 

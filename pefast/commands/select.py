@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .screen import console, in_words
+from .screen import Changes, Quick, console, in_words
 
 
 def select(
@@ -23,11 +23,8 @@ def select(
     folds: Annotated[int | None, typer.Option(help="Parts that the training rows are split into.")] = None,
     batches: Annotated[int, typer.Option(help="Batches that the units are scored on.")] = 16,
     output: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="The recipe's own short form: minutes.")] = False,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as data.train_rows=500."),
-    ] = None,
+    quick: Quick = False,
+    changes: Changes = None,
 ) -> None:
     """Search a recipe's keys by folds or validation rows, stopped and continued as you like.
 

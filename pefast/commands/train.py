@@ -1,11 +1,13 @@
 """`pefast train`: what a recipe describes becomes an adapter in a folder."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .screen import console, in_words, table
+from ..recipe import Recipe, Source, Training
+from .screen import Changes, Quick, console, in_words, table
 
 
 def train(
@@ -17,11 +19,8 @@ def train(
     threads: Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if left out.")] = None,
     output: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint there.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="The recipe's own short form: minutes.")] = False,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any key, such as data.train_rows=500."),
-    ] = None,
+    quick: Quick = False,
+    changes: Changes = None,
 ) -> None:
     """Train what a recipe describes and save the adapter."""
     with in_words():
@@ -84,3 +83,19 @@ def _show(scores: dict) -> None:
         for name, value in scores["after"].items()
     ]
     table("held-out rows", columns, lines)
+
+
+def _keys() -> str:
+    """Every key of a recipe with its default, a paragraph a section."""
+    lines = []
+    for section, fields in (("", Recipe), ("data.", Source), ("training.", Training)):
+        keys = []
+        for key in dataclasses.fields(fields):
+            # those made anew for each recipe are its sections and lists
+            missing = key.default is dataclasses.MISSING
+            keys.append(section + key.name + ("" if missing else f"={key.default}"))
+        lines.append("   ".join(keys))
+    return "Keys of a recipe, with their defaults:\n\n" + "\n\n".join(lines)
+
+
+train.epilog = _keys()

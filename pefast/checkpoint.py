@@ -137,8 +137,8 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        # not in PEFT's settings: it warns of each key that it does not know
-        save_file(tensors, path, metadata={"format": "pt", "pefast_version": __version__})
+        # one key: safetensors writes several in an order of its own, and the same tensors would give other bytes
+        save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         # its own kind of error also where the disk is full
         raise OSError(f"save: {path} could not be written ({error})") from None

@@ -137,7 +137,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        # one key: safetensors writes several in an order of its own, and the same tensors would give other bytes
+        # one key: several come in an order of their own, and the same tensors would be other bytes
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         # its own kind of error also where the disk is full

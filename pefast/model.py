@@ -21,7 +21,7 @@ from pefast.layers.head_host import (
 )
 from pefast.layers.hosts import DeltaHost, drop_deltas, merge_deltas, unmerge_deltas
 from pefast.layers.recompute import recomputed
-from pefast.layers.router import Router
+from pefast.layers.router import Router, one_of_each_beam
 from pefast.methods import METHODS
 from pefast.methods.places import hosts
 from pefast.methods.replacing import refuse_overlap
@@ -291,8 +291,11 @@ def _routed(model: nn.Module, state: Attached, used: tuple[str, ...], ids: tuple
     before, on = (router.turns, router.ids, router.rows), state.on
     _switch(model, state, used)
     router.route(used, ids, next(model.parameters()).device)
+    twofold = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    beams = one_of_each_beam(model.get_encoder(), router) if twofold else contextlib.nullcontext()
     try:
-        yield
+        with beams:
+            yield
     finally:
         router.turns, router.ids, router.rows = before
         _switch(model, state, on)

@@ -50,7 +50,7 @@ def test_a_routed_batch_generates_what_each_row_would(family):
     model, fed = with_prefixes(family, one=2, two=5), inputs(family)
     fed = {key: fed[key].flip(1) for key in ("input_ids", "attention_mask")}
     names = ["two", "one", None]
-    for beams in (1, 2) if family == "llama" else (1,):
+    for beams in (1, 2):
         more = {"num_beams": beams}
         with pefast.route(model, [name for name in names for _ in range(beams)]):
             got = model.generate(**fed, **GREEDY, **more)
@@ -58,6 +58,28 @@ def test_a_routed_batch_generates_what_each_row_would(family):
             pefast.activate(model, name)
             single = {key: value[row : row + 1] for key, value in fed.items()}
             assert torch.equal(got[row], model.generate(**single, **GREEDY, **more)[0])
+
+
+def test_beams_of_an_encoder_and_decoder_each_compute_with_their_sequence_s_adapters():
+    model, fed = build("t5"), inputs("t5")
+    for name in ("one", "two"):
+        methods = [pefast.LoRA(rank=2), pefast.Adapter(size=3), Prefix(tokens=2), pefast.Prompt(tokens=2)]
+        pefast.attach(model, methods, name)
+    stir(pefast.activate(model, ["one", "two"]), size=0.3)
+    fed = {key: fed[key] for key in ("input_ids", "attention_mask")}
+    names, more = ["two", "one", None], {**GREEDY, "num_beams": 3}
+    hooks = len(model.get_encoder()._forward_pre_hooks)
+    with pefast.route(model, [name for name in names for _ in range(3)]):
+        got = model.generate(**fed, **more)
+        with pytest.raises(ValueError, match="one sequence have several names"):
+            with pefast.route(model, ["one", "two", "one", None, None, None]):
+                model.generate(**fed, **GREEDY, num_beams=2)
+        assert torch.equal(model.generate(**fed, **more), got)
+    assert len(model.get_encoder()._forward_pre_hooks) == hooks
+    for row, name in enumerate(names):
+        pefast.activate(model, name)
+        single = {key: value[row : row + 1] for key, value in fed.items()}
+        assert torch.equal(got[row], model.generate(**single, **more)[0])
 
 
 def test_two_prefixes_stand_one_behind_the_other():

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Router:
@@ -40,6 +40,44 @@ class Router:
         """Sequence i computes with adapter turns[ids[i]], or with none where ids[i] is -1."""
         self.turns = tuple((name, i) for i, name in enumerate(turns))
         self.ids, self.rows = ids, torch.tensor(ids, device=device)
+
+
+@contextlib.contextmanager
+def one_of_each_beam(encoder: nn.Module, router: Router) -> Iterator[None]:
+    """Inside this context an encoder, which reads a sequence once for all its beams, takes one name of each.
+
+    Raises ValueError, when the encoder is called, where the beams of a sequence have several names.
+    """
+    rows, ids = router.rows, router.ids
+    fewer: dict[int, Tensor] = {}
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = args[0] if args else kwargs.get("input_ids")
+        batch = (kwargs["inputs_embeds"] if given is None else given).shape[0]
+        beams = len(ids) // max(batch, 1)
+        # inside another route that one's hooks choose
+        if router.ids is not ids or beams < 2 or len(ids) % batch:
+            return
+        if any(ids[i] != ids[i - i % beams] for i in range(len(ids))):
+            raise ValueError(
+                f"route: {len(ids)} rows for {batch} sequences, so {beams} beams each, and the beams of one"
+                " sequence have several names; a sequence's name once for each of its beams would be right"
+            )
+        router.rows = fewer.setdefault(batch, rows[::beams])
+
+    def behind(module: nn.Module, args: tuple, output) -> None:
+        if router.ids is ids and router.rows is not rows:
+            router.rows = rows
+
+    hooks = (
+        encoder.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+        encoder.register_forward_hook(behind),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def row_mask(rows: Tensor, index: int, like: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Attached:
         self.training: tuple[str, ...] = ()  # adapters whose parameters train
         self.labels: dict[str | None, int] = {}  # logits of each adapter's head; None: of the model's own
         self.words: tuple = ()  # the labels' names in the model's own config
+        self.problem: str | None = None  # the kind of loss that the model's own config names
         self.trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -129,12 +130,14 @@ def _add_heads(model: nn.Module, state: Attached, name: str, labels: int | None)
         if not state.labels:
             state.labels[None] = part.get_submodule(last_linear(part)).out_features
             state.words = (model.config.id2label, model.config.label2id)
+            state.problem = getattr(model.config, "problem_type", None)
         state.labels[name] = own.get_submodule(last_linear(own)).out_features
         add_head(part, state.router, name, own)
 
 
 def _tell_labels(model: nn.Module, state: Attached, names: Sequence[str | None]) -> None:
-    """Tells transformers' losses how many logits will come: as many as the widest of these heads gives."""
+    """Tells transformers' losses how many logits will come, as many as the widest of these heads gives, and
+    to see by the labels which loss that is."""
     if not state.labels:
         return
     own = state.labels[None]
@@ -146,6 +149,8 @@ def _tell_labels(model: nn.Module, state: Attached, names: Sequence[str | None])
             model.config.id2label, model.config.label2id = state.words
         else:
             model.config.num_labels = count
+    # what transformers guessed for one head, by its labels, would stay for the next
+    model.config.problem_type = state.problem if count == own else None
 
 
 def _keys(methods: list) -> list[str]:

@@ -53,6 +53,25 @@ def test_transformers_own_loss_counts_each_heads_labels():
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("own", [None, "single_label_classification"])
+def test_each_head_has_the_loss_of_its_own_labels(own):
+    model, fed = build("bert"), inputs("bert", rows=2)
+    model.config.problem_type = own
+    for seed, (name, head) in enumerate({"rating": 1, "sentiment": 2, "topics": 5}.items()):
+        stir(pefast.attach(model, pefast.LoRA(rank=2), name, head=head), seed)
+    kinds, scores = {"sentiment": torch.tensor([0, 1]), "topics": torch.tensor([4, 1])}, torch.randn(2)
+    # what transformers learnt from one head's labels must not stay for the next; two rows of two labels
+    # would be read as ratings without a word
+    for name in ("rating", "sentiment", "topics", "rating", "topics"):
+        got = alone(model, name, fed)
+        if name == "rating":
+            right, labels = torch.nn.functional.mse_loss(got[:, 0], scores), scores
+        else:
+            right, labels = torch.nn.functional.cross_entropy(got, kinds[name]), kinds[name]
+        assert_close(model(**fed, labels=labels).loss, right)
+    assert pefast.detach(model).config.problem_type == own
+
+
 def test_detach_gives_the_models_own_labels_back():
     model = build("bert")
     model.config.id2label = {0: "bad", 1: "fair", 2: "good"}

@@ -67,6 +67,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("ldy"), py::arg("M"), py::arg("K"), py::arg("type"), py::arg("p"), py::arg("seed"),
           py::arg("stream"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
     bind_delta_linear(m);
+    bind_one_lora(m);
     bind_product(m);
     bind_attention(m);
     m.def("cross_entropy_here", &cross_entropy_here, "Whether cross_entropy runs on this processor.");

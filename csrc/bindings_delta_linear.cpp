@@ -49,6 +49,8 @@ Segment segment(Master a, Master b, int64_t R, float scale, double p, const int6
     return s;
 }
 
+}  // namespace
+
 // false, and nothing done, where w is no longer what was packed
 bool delta_linear_forward_door(uintptr_t x, int64_t ldx, uintptr_t w, int64_t stride_n, int64_t stride_k,
                                uint64_t mark, uintptr_t packed, uintptr_t bias, bool bias_fp32, uintptr_t a,
@@ -84,6 +86,8 @@ void delta_linear_backward_door(uintptr_t x, int64_t ldx, uintptr_t dy, int64_t 
     call.dx = at<bf16>(dx), call.siblings = {one};
     delta_linear_backward(call, threads);
 }
+
+namespace {
 
 // an address, and whether it is fp32
 using Parameter = std::pair<uintptr_t, bool>;

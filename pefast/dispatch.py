@@ -61,6 +61,10 @@ class Operation:
             found[name] = hand.refuse(call) or (decline(call) if decline else "")
         return found
 
+    def free(self, backend: str) -> bool:
+        """Whether the choice is pefast's, or names this back end."""
+        return _forced is None or _forced == backend
+
     def pick(self, call, backend: str | None = None) -> str:
         """The back end that computes this call. Raises ValueError where one was named that cannot."""
         named = backend or _forced

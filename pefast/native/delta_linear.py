@@ -1,13 +1,15 @@
 """delta_linear by csrc/cpu/delta_linear*: every segment beside a frozen weight, on AMX.
 
-One plain LoRA in bf16, the commonest call, has a door of its own here, for it costs the least Python; other
-calls in bf16 go through sibling_linear.py, those in fp32 through delta_linear_fp32.py. Without AMX both go
+One plain LoRA in bf16, the commonest call, has doors of its own here, for it costs the least Python: at_once()
+and run() where it learns in eager mode, csrc then looks at the tensors itself. Other calls in bf16 go through sibling_linear.py, those in fp32 through delta_linear_fp32.py. Without AMX both go
 through delta_linear_thin.py. What is on a GPU goes to delta_linear_cuda.py.
 Formula: pefast/ops/delta_linear.py.
 """
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from pefast.native import WHY_NOT, C, packs, register_one_lora, rows_of, sibling_linear, through_the_registry
 from pefast.native import delta_linear_cuda as cuda
@@ -17,6 +19,8 @@ from pefast.native.packs import packed_bytes as packed_bytes
 from pefast.native.sibling_linear import packed_weight
 
 _HERE = C is not None and C.delta_linear_here()
+# whether csrc can look at tensors itself; an older torch does not show them
+_SEES = _HERE and C.one_lora_knows(Tensor, Parameter)
 # who computes a dtype that is not this file's
 _OTHERS = {torch.float32: fp32 if fp32.HERE else thin}
 if thin.HERE and not _HERE:
@@ -51,6 +55,51 @@ def _one_lora(call) -> bool:
     s = call.segments[0]
     plain = s.h is None and s.activation == "identity" and s.c is None and s.d is None and s.adapter is None
     return plain and (call.bias is None or not call.bias.requires_grad)
+
+
+def at_once(x: Tensor, w: Tensor, bias: Tensor | None, s) -> bool:
+    """Whether run() may have this call as it stands: the commonest, one plain LoRA in bf16 that learns.
+
+    It asks quickly what refuse() and decline() ask in words; a no sends the call to them.
+    """
+    return (
+        _SEES
+        and not is_compiling()
+        and s.h is s.c is s.d is s.adapter is None
+        and s.activation == "identity"
+        and 0 <= s.dropout < 1
+        and C.one_lora_fits(x, w, bias, s.a, s.b)
+        and (type(w) is Parameter or type(w._base) is Parameter)
+        and not (w.requires_grad or (bias is not None and bias.requires_grad))
+        and (s.a.requires_grad or s.b.requires_grad or x.requires_grad)
+        and torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def run(x, w, bias, a, b, scale, p, seed):  # x [..., K] -> y [..., N], h [M, R]
+    """The forward of a call that at_once() lets through."""
+    n, r = b.shape
+    *rows, k = x.shape
+    y, h = x.new_empty((*rows, n)), x.new_empty((x.numel() // k, r))
+    while True:
+        packed, mark = packed_weight(w, False)
+        if C.one_lora_forward(x, w, bias, a, b, packed, mark, seed, y, h, scale, p, torch.get_num_threads()):
+            return y, h
+        packs.drop(w)
+
+
+def run_backward(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
+    """dx, da and db of run(); None for what is not needed. dy lies without gaps."""
+    dx, packed = (torch.empty_like(x), packed_weight(w, True)[0]) if need_x else (None, None)
+    da = torch.empty_like(a, dtype=torch.float32) if need_a else None
+    db = torch.empty_like(b, dtype=torch.float32) if need_b else None
+    C.one_lora_backward(dy, x, a, b, h, packed, seed, dx, da, db, scale, p, torch.get_num_threads())
+    if a.dtype is not torch.float32 and need_a:
+        da = da.to(a.dtype)
+    if b.dtype is not torch.float32 and need_b:
+        db = db.to(b.dtype)
+    return dx, da, db
 
 
 def forward(call) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:

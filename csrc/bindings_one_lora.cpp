@@ -1,0 +1,154 @@
+// One plain LoRA, delta_linear's commonest call: its doors take tensors, for a call's addresses, sizes and types asked
+// one by one in Python cost more than the kernel where x is small.
+#include "bindings.h"
+#include "check.h"
+#include "dlpack.h"
+
+namespace py = pybind11;
+
+namespace pefast {
+
+namespace {
+
+const char* NAME = "delta_linear";
+
+// torch.Tensor, torch.nn.Parameter and the way to see them; set once at import
+PyTypeObject* tensor_type = nullptr;
+PyTypeObject* parameter_type = nullptr;
+const dlpack::Exchange* exchange = nullptr;
+
+// whether tensors can be seen: an older torch has no such table
+bool one_lora_knows(py::type tensor, py::type parameter) {
+    const py::object found = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+    if (!PyCapsule_IsValid(found.ptr(), "dlpack_exchange_api")) return false;
+    exchange = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(found.ptr(), "dlpack_exchange_api"));
+    while (exchange && exchange->version.major > dlpack::MAJOR) exchange = exchange->older;
+    if (exchange && !exchange->view) exchange = nullptr;
+    tensor_type = reinterpret_cast<PyTypeObject*>(tensor.release().ptr());
+    parameter_type = reinterpret_cast<PyTypeObject*>(parameter.release().ptr());
+    return exchange != nullptr;
+}
+
+bool see(py::handle object, dlpack::Tensor* view) {
+    const PyTypeObject* type = Py_TYPE(object.ptr());
+    if (type != tensor_type && type != parameter_type) return false;
+    if (exchange->view(object.ptr(), view) == 0) return view->device_type == dlpack::CPU;
+    PyErr_Clear();
+    return false;
+}
+
+bool is_bf16(const dlpack::Tensor& t) { return t.code == dlpack::BFLOAT && t.bits == 16; }
+bool is_fp32(const dlpack::Tensor& t) { return t.code == dlpack::FLOAT && t.bits == 32; }
+
+bool contiguous(const dlpack::Tensor& t) {
+    int64_t size = 1;
+    bool dense = true;
+    for (int d = t.ndim - 1; d >= 0; --d) {
+        dense = dense && (t.shape[d] == 1 || t.strides[d] == size);
+        size *= t.shape[d];
+    }
+    return dense || size == 0;
+}
+
+bool is_matrix(const dlpack::Tensor& t, int64_t rows, int64_t columns) {
+    return t.ndim == 2 && t.shape[0] == rows && t.shape[1] == columns;
+}
+
+// a parameter of the delta or a bias: bf16 or an fp32 master, without gaps
+bool is_master(const dlpack::Tensor& t) { return (is_bf16(t) || is_fp32(t)) && contiguous(t); }
+
+uintptr_t data(const dlpack::Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) + t.byte_offset; }
+
+// x [..., K], w [N, K] of any strides, bias [N] or None, a [R, K], b [N, R]
+bool one_lora_fits(py::handle x, py::handle w, py::handle bias, py::handle a, py::handle b) {
+    dlpack::Tensor sx, sw, sa, sb, sbias;
+    if (!see(x, &sx) || !see(w, &sw) || !see(a, &sa) || !see(b, &sb)) return false;
+    if (!is_bf16(sx) || !contiguous(sx) || sx.ndim < 1 || !is_bf16(sw) || sw.ndim != 2) return false;
+    const int64_t N = sw.shape[0], K = sw.shape[1];
+    if (N < 1 || K < 1 || sx.shape[sx.ndim - 1] != K) return false;
+    if (!is_master(sa) || !is_master(sb) || sa.ndim != 2) return false;
+    const int64_t R = sa.shape[0];
+    if (R < 1 || !is_matrix(sa, R, K) || !is_matrix(sb, N, R)) return false;
+    return bias.is_none() ||
+           (see(bias, &sbias) && is_master(sbias) && sbias.ndim == 1 && sbias.shape[0] == N);
+}
+
+dlpack::Tensor seen(py::handle object, const char* name) {
+    dlpack::Tensor view;
+    check(exchange && see(object, &view), NAME, ": ", name, " is no plain tensor on the CPU");
+    check(contiguous(view), NAME, ": ", name, " has gaps");
+    return view;
+}
+
+// an address, or 0 for None
+uintptr_t place(py::handle object, const char* name) {
+    return object.is_none() ? 0 : data(seen(object, name));
+}
+
+int64_t rows(const dlpack::Tensor& t) {
+    int64_t rows = 1;
+    for (int d = 0; d + 1 < t.ndim; ++d) rows *= t.shape[d];
+    return rows;
+}
+
+// what both directions read: x [..., K], a [R, K], b [N, R]
+struct OneLora {
+    int64_t M, N, K, R;
+    dlpack::Tensor x, a, b;
+
+    OneLora(py::handle x_, py::handle a_, py::handle b_)
+        : x(seen(x_, "x")), a(seen(a_, "a")), b(seen(b_, "b")) {
+        check(x.ndim >= 1 && a.ndim == 2 && b.ndim == 2, NAME, ": x, a and b have ", x.ndim, ", ", a.ndim,
+              " and ", b.ndim, " dimensions; 1 or more, 2 and 2 would be right");
+        K = x.shape[x.ndim - 1], R = a.shape[0], N = b.shape[0], M = rows(x);
+        check(is_bf16(x) && is_master(a) && is_master(b) && is_matrix(a, R, K) && is_matrix(b, N, R), NAME,
+              ": x, a and b do not fit; bf16 [..., K], [R, K] and [N, R] would be right");
+    }
+};
+
+// y [..., N] and h [M, R]; false, and nothing done, where w is no longer what was packed
+bool one_lora_forward(py::handle x, py::handle w, py::handle bias, py::handle a, py::handle b,
+                      py::handle packed, uint64_t mark, py::handle seed, py::handle y, py::handle h,
+                      double scale, double p, int threads) {
+    const OneLora given(x, a, b);
+    dlpack::Tensor sw, sbias{};
+    check(see(w, &sw) && is_bf16(sw) && is_matrix(sw, given.N, given.K), NAME, ": w is no bf16 [", given.N,
+          ", ", given.K, "] on the CPU");
+    if (!bias.is_none()) sbias = seen(bias, "bias");
+    const uintptr_t at_packed = place(packed, "packed"), at_seed = place(seed, "seed");
+    const uintptr_t at_y = place(y, "y"), at_h = place(h, "h");
+    const py::gil_scoped_release free;
+    return delta_linear_forward_door(data(given.x), given.K, data(sw), sw.strides[0], sw.strides[1], mark,
+                                     at_packed, bias.is_none() ? 0 : data(sbias),
+                                     !bias.is_none() && is_fp32(sbias), data(given.a), is_fp32(given.a),
+                                     data(given.b), is_fp32(given.b), static_cast<float>(scale), p, at_seed,
+                                     at_y, at_h, given.M, given.N, given.K, given.R, threads);
+}
+
+// dx [..., K], da [R, K] and db [N, R]; None is left out
+void one_lora_backward(py::handle dy, py::handle x, py::handle a, py::handle b, py::handle h,
+                       py::handle packed, py::handle seed, py::handle dx, py::handle da, py::handle db,
+                       double scale, double p, int threads) {
+    const OneLora given(x, a, b);
+    const dlpack::Tensor sdy = seen(dy, "dy");
+    check(is_bf16(sdy) && sdy.ndim >= 1 && sdy.shape[sdy.ndim - 1] == given.N && rows(sdy) == given.M, NAME,
+          ": dy is no bf16 [", given.M, ", ", given.N, "]");
+    const uintptr_t at_h = place(h, "h"), at_packed = place(packed, "packed"), at_seed = place(seed, "seed");
+    const uintptr_t at_dx = place(dx, "dx"), at_da = place(da, "da"), at_db = place(db, "db");
+    const py::gil_scoped_release free;
+    delta_linear_backward_door(data(given.x), given.K, data(sdy), given.N, at_h, at_packed, data(given.a),
+                               is_fp32(given.a), data(given.b), is_fp32(given.b), static_cast<float>(scale),
+                               p, at_seed, at_dx, at_da, at_db, given.M, given.N, given.K, given.R, threads);
+}
+
+}  // namespace
+
+void bind_one_lora(py::module_& m) {
+    m.def("one_lora_knows", &one_lora_knows, "Takes torch's types of tensors; whether they can be seen.");
+    m.def("one_lora_fits", &one_lora_fits,
+          "Whether one_lora_forward may have these tensors; no says no more.");
+    m.def("one_lora_forward", &one_lora_forward, "y and h; False where w was written to since its mark.");
+    m.def("one_lora_backward", &one_lora_backward, "dx, da and db; None is left out.");
+}
+
+}  // namespace pefast

@@ -1,8 +1,9 @@
 """delta_linear by csrc/cpu/delta_linear*: every segment beside a frozen weight, on AMX.
 
-One plain LoRA in bf16, the commonest call, has doors of its own here, for it costs the least Python: at_once()
-and run() where it learns in eager mode, csrc then looks at the tensors itself. Other calls in bf16 go through sibling_linear.py, those in fp32 through delta_linear_fp32.py. Without AMX both go
-through delta_linear_thin.py. What is on a GPU goes to delta_linear_cuda.py.
+One plain LoRA in bf16, the commonest call, has doors of its own here, for it costs the least Python: at_once
+and run where it learns in eager mode, csrc then looks at the tensors itself. Other calls in bf16 go through
+sibling_linear.py, those in fp32 through delta_linear_fp32.py. Without AMX both go through
+delta_linear_thin.py. What is on a GPU goes to delta_linear_cuda.py.
 Formula: pefast/ops/delta_linear.py.
 """
 

@@ -4,6 +4,7 @@ Nothing but JSON and safetensors is read, and no name in a file leads out of its
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,11 +57,34 @@ def read(folder: Path, trainable: bool) -> Folder:
         methods = [_read_method(folder / key, trainable) for key in manifest.methods]
         return Folder(methods, _read_tensors(folder / HEAD) if manifest.head else {}, manifest.labels)
     part = _read_method(folder, trainable)
+    part, biases = _with_biases(part, folder)
     owns = METHODS[part.kind].owns
     own = {key: tensor for key, tensor in part.tensors.items() if owns(key)}
     prefix = head_prefix(METHODS[part.kind])
     head = {key.removeprefix(prefix): tensor for key, tensor in part.tensors.items() if not owns(key)}
-    return Folder([part._replace(tensors=own)], head, _count(part.config, folder / CONFIG))
+    return Folder([part._replace(tensors=own), *biases], head, _count(part.config, folder / CONFIG))
+
+
+def _with_biases(part: Part, folder: Path) -> tuple[Part, list[Part]]:
+    """A LoRA of PEFT's bias="all" or "lora_only" as two methods: itself, and the model's biases beside it."""
+    if part.kind != "lora" or part.config.get("bias", "none") not in ("all", "lora_only"):
+        return part, []
+    owns, heads = METHODS[part.kind].owns, tuple(part.config.get("modules_to_save") or ())
+    # what a trained head took the place of, and its values under PEFT's own path, are in the file too
+    repeated = (".original_module.bias", ".modules_to_save.bias")
+    tensors = {key: tensor for key, tensor in part.tensors.items() if not key.endswith(repeated)}
+    found = {}
+    for key in [key for key in tensors if key.endswith(".bias") and not owns(key)]:
+        path = key.removeprefix("base_model.model.").replace(".base_layer.bias", ".bias")
+        if path.split(".")[-2] not in heads and path.split(".")[0] not in heads:
+            found[path] = tensors.pop(key)
+    if not found:
+        raise ValueError(
+            f"load: {folder / CONFIG} has bias={part.config['bias']!r} and {TENSORS} no bias; bias='none' is"
+            " right for a model without them"
+        )
+    config = asdict(METHODS["layers"](names=sorted(found)))
+    return part._replace(tensors=tensors), [Part("layers", config, found, {})]
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -112,6 +112,39 @@ def test_gradients_are_those_of_peft(case, tmp_path):
     assert found == len(right)
 
 
+BIASES = [
+    ("bert with head", "all"),
+    ("bert with head", "lora_only"),
+    ("bert, all linear", "all"),
+    ("gpt2, Conv1D", "all"),
+    ("gpt2, Conv1D", "lora_only"),
+]
+
+
+@pytest.mark.parametrize(("case", "bias"), BIASES)
+def test_a_lora_of_peft_with_the_model_s_biases(case, bias, tmp_path):
+    family, theirs = with_peft(case, bias=bias)
+    theirs.save_pretrained(tmp_path / "peft")
+    fed, right = inputs(family), logits(theirs, **inputs(family))
+    ours = pefast.load(build(family), tmp_path / "peft")
+    assert_close(logits(ours, **fed), right)
+    again = pefast.load(build(family), pefast.save(ours, tmp_path / "pefast"))
+    assert torch.equal(logits(again, **fed), logits(ours, **fed))
+
+    # every bias of theirs trains, and counts
+    own = {key: value for key, value in parameters_of(ours, "default").items() if key.startswith("layers/")}
+    names = {
+        re.sub(r"base_model\.model\.|\.base_layer", "", name)
+        for name in trained(theirs)
+        if not re.search(r"lora_|modules_to_save|original_module", name)
+    }
+    assert {key.removeprefix("layers/") for key in own} == names
+    for parameter in own.values():
+        with torch.no_grad():
+            parameter.add_(torch.randn(parameter.shape))
+    assert not torch.allclose(logits(ours, **fed), right, atol=1e-4)
+
+
 def test_a_lora_of_pefast_goes_to_peft(tmp_path):
     methods = {
         "bert": pefast.LoRA(rank=3, alpha=5, ranks={"query": 2}, alphas={"value": 7}),

@@ -198,10 +198,9 @@ class LoRA(Method):
         ):
             if config.get(option):
                 raise ValueError(f"load: the checkpoint uses {option}, which pefast's LoRA does not have")
-        if config.get("bias", "none") != "none":
-            raise ValueError(
-                f"load: the checkpoint has bias={config['bias']!r}; pefast's LoRA loads bias='none'"
-            )
+        # the model's own biases come as a method beside this one
+        if (bias := config.get("bias", "none")) not in ("none", "all", "lora_only"):
+            raise ValueError(f"load: the checkpoint has bias={bias!r}; none, all or lora_only is right")
         paths = {_OWN.sub("", key).removeprefix("base_model.model.") for key in tensors if cls.owns(key)}
         start = str(config.get("init_lora_weights")).lower()
         if start.startswith(_MOVED):

@@ -14,6 +14,7 @@ T* at(uintptr_t address) {
 
 void bind_attention(pybind11::module_& m);
 void bind_delta_linear(pybind11::module_& m);
+void bind_low_rank(pybind11::module_& m);
 void bind_one_lora(pybind11::module_& m);
 void bind_product(pybind11::module_& m);
 

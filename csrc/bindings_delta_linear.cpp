@@ -1,7 +1,6 @@
 // delta_linear's part of pefast._C.
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <array>
 #include <tuple>
 
@@ -9,8 +8,6 @@
 #include "check.h"
 #include "cpu/delta_linear.h"
 #include "cpu/delta_linear_decode.h"
-#include "cpu/delta_linear_fp32.h"
-#include "cpu/delta_linear_thin.h"
 #include "cpu/pack.h"
 
 namespace py = pybind11;
@@ -235,109 +232,6 @@ class DecodePlan {
     Decode call;
 };
 
-// w [N, K] fp32 packed in parts, for x wᵀ or for dy w; its mark
-uint64_t fp32_pack_door(uintptr_t w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, bool for_dx,
-                        int parts, uintptr_t packed, int threads) {
-    const char* name = "delta_linear";
-    check(N > 0 && K > 0, name, ": w is [", N, ", ", K, "]; at least one row and column would be right");
-    check(w && packed, name, ": w has no storage");
-    check_threads(name, threads);
-    if (for_dx)
-        delta_linear_fp32_pack(at<const float>(w), stride_n, stride_k, N, K, parts, at<bf16>(packed),
-                               threads);
-    else
-        delta_linear_fp32_pack(at<const float>(w), stride_k, stride_n, K, N, parts, at<bf16>(packed),
-                               threads);
-    return weight_mark(at<const float>(w), stride_n, stride_k, N, K);
-}
-
-// a, b, R, scale, p and the address of the seed
-using LoraPlace = std::tuple<uintptr_t, uintptr_t, int64_t, float, double, uintptr_t>;
-
-LowRank low_rank(const LoraPlace& place, const std::array<int64_t, 3>& sizes, int threads) {
-    const auto [a, b, R, scale, p, seed] = place;
-    const auto [M, N, K] = sizes;
-    check_sizes(M, N, K, std::max<int64_t>(R, 1), p, threads);
-    check(R >= 0 && (R == 0 || b), "delta_linear: R is ", R, "; 0, or 1 or more with a b, would be right");
-    const int64_t number = p > 0 ? *at<const int64_t>(seed) : 0;
-    return {at<const float>(a),
-            at<const float>(b),
-            R,
-            scale,
-            p > 0,
-            make_draw(p, number, 0),
-            static_cast<float>(1 / (1 - p))};
-}
-
-// false, and nothing done, where w is no longer what was packed; w: its address, strides and mark; sizes: M, N, K
-bool fp32_forward_door(uintptr_t x, int64_t ldx, const std::tuple<uintptr_t, int64_t, int64_t, uint64_t>& w,
-                       uintptr_t packed, int parts, uintptr_t bias, const LoraPlace& place, uintptr_t y,
-                       uintptr_t h, const std::array<int64_t, 3>& sizes, int threads) {
-    const auto [M, N, K] = sizes;
-    const LowRank lora = low_rank(place, sizes, threads);
-    check_matrix("delta_linear", "x", at<void>(x), M, K, ldx);
-    const auto [address, stride_n, stride_k, mark] = w;
-    if (weight_mark(at<const float>(address), stride_n, stride_k, N, K) != mark) return false;
-    delta_linear_fp32_forward({M, N, K, at<const float>(x), ldx, at<const bf16>(packed), lora,
-                               at<const float>(bias), at<float>(y), at<float>(h)},
-                              parts, threads);
-    return true;
-}
-
-// results: dx, dh, da, db; those of address 0 are left out
-void fp32_backward_door(uintptr_t x, int64_t ldx, uintptr_t dy, int64_t lddy, uintptr_t h, uintptr_t packed,
-                        int parts, const LoraPlace& place, const std::array<uintptr_t, 4>& results,
-                        const std::array<int64_t, 3>& sizes, int threads) {
-    const auto [M, N, K] = sizes;
-    const LowRank lora = low_rank(place, sizes, threads);
-    if (x) check_matrix("delta_linear", "x", at<void>(x), M, K, ldx);
-    check_matrix("delta_linear", "dy", at<void>(dy), M, N, lddy);
-    check(x || !results[2] || M == 0, "delta_linear: da is asked for and x is not there");
-    delta_linear_fp32_backward({M, N, K, at<const float>(x), ldx, at<const float>(dy), lddy,
-                                at<const float>(h), at<const bf16>(packed), lora, at<float>(results[0]),
-                                at<float>(results[1]), at<float>(results[2]), at<float>(results[3])},
-                               parts, threads);
-}
-
-// type as in dropout_door: 0 or 1; y holds x wᵀ + bias
-void thin_forward_door(uintptr_t x, int64_t ldx, const LoraPlace& place, uintptr_t y, uintptr_t h,
-                       const std::array<int64_t, 3>& sizes, int type, int threads) {
-    const auto [M, N, K] = sizes;
-    const LowRank lora = low_rank(place, sizes, threads);
-    check(lora.R > 0 && lora.a && type >= 0 && type <= 1, "delta_linear: R is ", lora.R, " and the type ",
-          type, "; 1 or more with an a, and 0 or 1, would be right");
-    check_matrix("delta_linear", "x", at<void>(x), M, K, ldx);
-    if (type)
-        delta_linear_thin_forward<bf16>({M, N, K, at<const bf16>(x), ldx, lora, at<bf16>(y), at<bf16>(h)},
-                                        threads);
-    else
-        delta_linear_thin_forward<float>({M, N, K, at<const float>(x), ldx, lora, at<float>(y), at<float>(h)},
-                                         threads);
-}
-
-template <class T>
-void thin_backward(uintptr_t x, int64_t ldx, uintptr_t dy, int64_t lddy, uintptr_t h, const LowRank& lora,
-                   const std::array<uintptr_t, 3>& results, const std::array<int64_t, 3>& sizes,
-                   int threads) {
-    const auto [M, N, K] = sizes;
-    delta_linear_thin_backward<T>({M, N, K, at<const T>(x), ldx, at<const T>(dy), lddy, at<const T>(h), lora,
-                                   at<T>(results[0]), at<float>(results[1]), at<float>(results[2])},
-                                  threads);
-}
-
-// results: dx, which holds dy w, da, db; those of address 0 are left out
-void thin_backward_door(uintptr_t x, int64_t ldx, uintptr_t dy, int64_t lddy, uintptr_t h,
-                        const LoraPlace& place, const std::array<uintptr_t, 3>& results,
-                        const std::array<int64_t, 3>& sizes, int type, int threads) {
-    const auto [M, N, K] = sizes;
-    const LowRank lora = low_rank(place, sizes, threads);
-    check(lora.R > 0 && lora.a && type >= 0 && type <= 1, "delta_linear: R is ", lora.R, " and the type ",
-          type, "; 1 or more with an a, and 0 or 1, would be right");
-    check_matrix("delta_linear", "x", at<void>(x), M, K, ldx);
-    check_matrix("delta_linear", "dy", at<void>(dy), M, N, lddy);
-    (type ? thin_backward<bf16> : thin_backward<float>)(x, ldx, dy, lddy, h, lora, results, sizes, threads);
-}
-
 }  // namespace
 
 void bind_delta_linear(py::module_& m) {
@@ -363,20 +257,7 @@ void bind_delta_linear(py::module_& m) {
                       int64_t, std::vector<DecodePlan::Delta>, std::vector<DecodePlan::Parameter>>())
         .def("run", &DecodePlan::run, "y; False where something was written to since it was packed.",
              py::call_guard<py::gil_scoped_release>());
-    m.def("fp32_here", &delta_linear_fp32_here, "Whether delta_linear_fp32's kernels run on this processor.");
-    m.def("fp32_packed_size", &fp32_packed_size, "How many bf16 numbers a weight takes in so many parts.");
-    m.def("fp32_pack", &fp32_pack_door, "Packs a frozen fp32 weight for one direction; returns its mark.",
-          py::call_guard<py::gil_scoped_release>());
-    m.def("fp32_forward", &fp32_forward_door, "y and h; False where w was written to since its mark.",
-          py::call_guard<py::gil_scoped_release>());
-    m.def("fp32_backward", &fp32_backward_door, "dx, dh, da and db; those of address 0 are left out.",
-          py::call_guard<py::gil_scoped_release>());
-    m.def("thin_here", &delta_linear_thin_here,
-          "Whether delta_linear's thin products run on this processor.");
-    m.def("thin_forward", &thin_forward_door, "h, and y with the delta added.",
-          py::call_guard<py::gil_scoped_release>());
-    m.def("thin_backward", &thin_backward_door, "dx with the delta added, da and db.",
-          py::call_guard<py::gil_scoped_release>());
+    bind_low_rank(m);
 }
 
 }  // namespace pefast

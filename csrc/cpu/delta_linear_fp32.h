@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "philox.h"
 #include "types.h"
@@ -24,32 +25,47 @@ struct LowRank {
     float keep_scale;  // 1 / (1 - p)
 };
 
-// y = x wᵀ + bias + s·h bᵀ with h = x̂ aᵀ
-struct Fp32Forward {
-    int64_t M, N, K;
-    const float* x;  // [M, K]  rows ldx apart
-    int64_t ldx;
+// a frozen layer that reads x, and its results: y = u ⊙ gain + bias with u = x wᵀ + s·h bᵀ, h = x̂ aᵀ
+struct Fp32Layer {
+    int64_t N;
     const bf16* w;  // packed: the sum runs over K, columns are N
     LowRank lora;
-    const float* bias;  // [N]
-    float* y;           // [M, N]
-    float* h;           // [M, R]  read where a is null
+    const float *gain, *bias;  // [N]  null: there is none
+    float *y, *u;              // [M, N]  u null: nobody asks for it
+    float* h;                  // [M, R]  read where a is null
 };
 
-// dh = s·dy b, dx = dy w + mask ⊙ (dh a)/(1-p), da = dhᵀ x̂, db = s·dyᵀ h; a null pointer: not asked for
-struct Fp32Backward {
-    int64_t M, N, K;
+// layers that read the same x, which is split once for all of them
+struct Fp32Forward {
+    int64_t M, K;
     const float* x;  // [M, K]  rows ldx apart
     int64_t ldx;
+    std::vector<Fp32Layer> layers;
+};
+
+// du = dy ⊙ gain, dh = s·du b, da = dhᵀ x̂, db = s·duᵀ h, dgain = Σ dy ⊙ u, dbias = Σ dy; a null pointer: not asked for
+struct Fp32LayerBackward {
+    int64_t N;
     const float* dy;  // [M, N]  rows lddy apart
     int64_t lddy;
-    const float* h;  // [M, R]
-    const bf16* w;   // packed: the sum runs over N, columns are K
+    const float* gain;  // [N]
+    const float* u;     // [M, N]
+    const float* h;     // [M, R]
+    const bf16* w;      // packed: the sum runs over N, columns are K
     LowRank lora;
+    float* dh;             // [M, R]  where a is null
+    float* da;             // [R, K]
+    float* db;             // [N, R]
+    float *dgain, *dbias;  // [N]
+};
+
+// dx = Σ over layers du w + mask ⊙ (dh a)/(1-p), and what is asked for of each layer
+struct Fp32Backward {
+    int64_t M, K;
+    const float* x;  // [M, K]  rows ldx apart
+    int64_t ldx;
     float* dx;  // [M, K]
-    float* dh;  // [M, R]  where a is null
-    float* da;  // [R, K]
-    float* db;  // [N, R]
+    std::vector<Fp32LayerBackward> layers;
 };
 
 // whether this processor and this build have what the functions below need

@@ -21,7 +21,7 @@ struct Stretches {
 };
 
 // Where 32 columns of a result go, and where the sums of up to 32 of its rows wait until then:
-// to = sums + before + side + bias, each but the first only where it is not null.
+// u = sums + before + side, to = u ⊙ gain + bias, each but sums and to only where it is not null.
 struct Fp32Rows {
     const float* sums;    // [count, 32]
     const float* before;  // [count, 32]  what was summed earlier
@@ -30,8 +30,8 @@ struct Fp32Rows {
         keep;  // rows ld_keep apart; side counts where it has a bit, times keep_scale; null: everywhere
     int64_t ld_keep;
     float keep_scale;
-    const float* bias;  // [32]
-    float* to;          // rows ld apart
+    const float *gain, *bias;  // [32]
+    float *to, *u;             // rows ld apart
     int64_t ld, count;
     __mmask32 inside;
 };
@@ -74,12 +74,15 @@ class Fp32Beside {
                                           half(*w.keep, i));
             else if (w.side)
                 v = _mm512_add_ps(v, _mm512_load_ps(w.side + i * SIDE));
+            if (w.u) _mm512_mask_storeu_ps(w.u + i * SIDE, half(w.inside, i), v);
+            if (w.gain) v = _mm512_mul_ps(v, _mm512_load_ps(w.gain + i * SIDE));
             if (w.bias) v = _mm512_add_ps(v, _mm512_load_ps(w.bias + i * SIDE));
             _mm512_mask_storeu_ps(w.to + i * SIDE, half(w.inside, i), v);
         }
         w.sums += STRIP, w.to += w.ld, --w.count;
         if (w.before) w.before += STRIP;
         if (w.side) w.side += STRIP;
+        if (w.u) w.u += w.ld;
         if (w.keep) w.keep += w.ld_keep;
     }
 
@@ -90,11 +93,10 @@ class Fp32Beside {
 // steps of a strip that stay in the first cache while rows pass by
 constexpr int64_t PART_CHUNK = 15;
 
-// One stretch of a strip of columns of a panel of rows: main.a times main.strip, and at the end of the sum side.a times
-// side.strip.
+// One stretch of a strip of columns of a panel of rows: main.a times main.strip, and side.a times side.strip.
 struct Fp32Strip {
     PartFactors main, side;
-    Fp32Rows to;  // of the first rows; keep and bias are for the end of the sum, the rest is filled in
+    Fp32Rows to;  // of the first rows; gain, bias and u are for the end of the sum, the rest is filled in
     int64_t rows;
     bool first, last;  // stretch of the sum
     float* sums;       // [rows, 32]  from stretch to stretch
@@ -108,12 +110,15 @@ inline void multiply_strip_parts(const Fp32Strip& s, float* blocks, Fp32Beside& 
     const int64_t chunks = parts(s.main.steps * P, PART_CHUNK);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const int64_t begin = s.main.steps * chunk / chunks, end = s.main.steps * (chunk + 1) / chunks;
-        const bool last = s.last && chunk == chunks - 1;
+        const bool end_of_stretch = chunk == chunks - 1, last = s.last && end_of_stretch,
+                   aside = end_of_stretch && s.side.steps;
         for (int64_t row = 0; row < s.rows; row += 32) {
             float *block = blocks + row % 64 * STRIP, *side_block = block + 2 * BLOCK;
             Fp32Rows to = s.to;
             to.sums = block, to.count = std::min<int64_t>(s.rows - row, 32);
             to.before = s.first && chunk == 0 ? nullptr : s.sums + row * STRIP;
+            to.side = aside ? side_block : nullptr;
+            if (to.keep) to.keep += row * to.ld_keep;
             beside.plan((end - begin) * PRODUCTS<P>);
             sized(s.rows - row, STRIP, [&](auto tall, auto wide) {
                 constexpr int ROWS = decltype(tall)::value, COLUMNS = decltype(wide)::value;
@@ -124,18 +129,17 @@ inline void multiply_strip_parts(const Fp32Strip& s, float* blocks, Fp32Beside& 
                                                     end - begin},
                                                    beside);
                 store_sums<ROWS, COLUMNS>(block);
-                if (!last || !s.side.steps) return;
+                if (!aside) return;
                 clear_sums<ROWS, COLUMNS>();
                 accumulate_parts<P, ROWS, COLUMNS>({s.side.a.row(row), s.side.strip, s.side.steps});
                 store_sums<ROWS, COLUMNS>(side_block);
-                to.side = side_block;
             });
             if (last) {
                 to.to += row * to.ld;
-                if (to.keep) to.keep += row * to.ld_keep;
+                if (to.u) to.u += row * to.ld;
             } else {
                 to.to = s.sums + row * STRIP, to.ld = STRIP, to.inside = ~0u;
-                to.bias = nullptr, to.keep = nullptr;
+                to.gain = to.bias = nullptr, to.u = nullptr;
             }
             beside.wait(to);
         }

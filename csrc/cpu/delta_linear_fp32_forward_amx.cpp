@@ -11,14 +11,10 @@ class Forward {
   public:
     Forward(const Fp32Forward& call, int threads)
         : f(call),
-          R(f.lora.R),
           steps(parts(f.K, STEP)),
-          waist_steps(parts(R, STEP)),
           stretches(steps, P),
           lda(spread(stretches.longest() * STEP)),
-          ldh(spread(R)),
-          ld_keep(parts(f.K, 128) * 4),
-          dropout(f.lora.dropout && f.lora.a) {
+          ld_keep(parts(f.K, 128) * 4) {
         panels = parts(f.M, PART_ROWS);
         // small panels only where that gives every thread its own
         if (f.M >= 128 * threads) panels = padded(panels, threads);
@@ -27,28 +23,28 @@ class Forward {
         alone = panels >= threads;
 
         Scratch& scratch = Scratch::of_this_thread();
-        const int64_t N = padded(f.N, STRIP), tall = padded(R, STRIP);
-        b = scratch.take<float>(f.N * R);
-        a_packed = scratch.take<bf16>(f.lora.a ? P * steps * STEP * tall : 0);
-        b_packed = scratch.take<bf16>(P * waist_steps * STEP * N);
-        bias = scratch.take<float>(N);
+        for (const Fp32Layer& layer : f.layers) add(layer, scratch);
+        masks = static_cast<int64_t>(draws.size());
         slots.resize(alone ? threads : 1);
         for (Slot& slot : slots) {
             slot.x = {scratch.take<bf16>(P * height * lda), lda, height * lda};
-            slot.h = {scratch.take<bf16>(P * height * ldh), ldh, height * ldh};
-            slot.waist = scratch.take<float>(height * tall);
-            slot.sums = scratch.take<float>(height * (stretches.count > 1 ? N : STRIP * threads));
-            for (uint32_t*& keep : slot.keep) keep = scratch.take<uint32_t>(dropout ? height * ld_keep : 0);
+            for (const Layer& layer : layers) {
+                slot.h.push_back({scratch.take<bf16>(P * height * layer.ldh), layer.ldh, height * layer.ldh});
+                slot.waist.push_back(scratch.take<float>(height * padded(layer.g->lora.R, STRIP)));
+            }
+            const int64_t waiting = stretches.count > 1 ? static_cast<int64_t>(strips.size()) : threads;
+            slot.sums = scratch.take<float>(height * STRIP * waiting);
+            for (uint32_t*& keep : slot.keep) keep = scratch.take<uint32_t>(masks * height * ld_keep);
         }
         owns.resize(threads);
         for (Own& own : owns) {
             own.blocks = scratch.take<float>(4 * BLOCK);
-            own.x_hat = {scratch.take<bf16>(dropout ? P * 32 * lda : 0), lda, 32 * lda};
+            own.x_hat = {scratch.take<bf16>(masks ? P * 32 * lda : 0), lda, 32 * lda};
         }
     }
 
     void run(Team team) {
-        pack(team);
+        for (const Layer& layer : layers) pack(layer, team);
         team.wait();
         Fp32Beside beside;
         if (alone) {
@@ -63,13 +59,25 @@ class Forward {
     }
 
   private:
+    // what one layer has for all panels
+    struct Layer {
+        const Fp32Layer* g;
+        int64_t waist_steps, ldh, mask;  // mask: its number among all; -1: there is none
+        float* b;                        // [N, R]  times the scale
+        bf16 *a_packed, *b_packed;
+        float *gain, *bias;  // [N], filled up to whole strips; null: there is none
+    };
+    // 32 columns of one layer's result
+    struct Column {
+        int64_t layer, n;
+    };
     // a panel of rows
     struct Slot {
-        Planes x;           // [P][height, lda]  one stretch of the columns
-        Planes h;           // [P][height, ldh]
-        float* waist;       // [height / 32][R / 32][32, 32]  sums of h
-        float* sums;        // [N / 32][height, 32]  of y; with one stretch one strip for each thread
-        uint32_t* keep[2];  // [height, ld_keep]  the masks of this panel and of the next
+        Planes x;                   // [P][height, lda]  one stretch of the columns
+        std::vector<Planes> h;      // [P][height, ldh] of each layer
+        std::vector<float*> waist;  // [height / 32][R / 32][32, 32] of each layer: sums of h
+        float* sums;                // [strips][height, 32]  of y; with one stretch one strip for each thread
+        uint32_t* keep[2];          // [masks, height, ld_keep]  of this panel and of the next
     };
     // what each thread needs for itself
     struct Own {
@@ -77,73 +85,102 @@ class Forward {
         Planes x_hat;   // [P][32, lda]
     };
 
-    void pack(Team team) {
-        for (int64_t i = team.begin(f.N) * R; i < team.end(f.N) * R; ++i) b[i] = f.lora.b[i] * f.lora.scale;
-        if (f.bias && team.rank == 0) std::copy_n(f.bias, f.N, bias);
+    void add(const Fp32Layer& g, Scratch& scratch) {
+        const int64_t N = padded(g.N, STRIP), R = g.lora.R;
+        Layer layer = {&g, parts(R, STEP), spread(R), -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+        layer.b = scratch.take<float>(g.N * R);
+        layer.a_packed = scratch.take<bf16>(g.lora.a ? P * steps * STEP * padded(R, STRIP) : 0);
+        layer.b_packed = scratch.take<bf16>(P * layer.waist_steps * STEP * N);
+        if (g.gain) layer.gain = scratch.take<float>(N);
+        if (g.bias) layer.bias = scratch.take<float>(N);
+        if (g.lora.a && g.lora.dropout) {
+            layer.mask = static_cast<int64_t>(draws.size());
+            draws.push_back(g.lora.draw);
+        }
+        for (int64_t n = 0; n < g.N; n += STRIP) strips.push_back({static_cast<int64_t>(layers.size()), n});
+        layers.push_back(layer);
+    }
+
+    void pack(const Layer& layer, Team team) {
+        const Fp32Layer& g = *layer.g;
+        const int64_t R = g.lora.R;
+        for (int64_t i = team.begin(g.N) * R; i < team.end(g.N) * R; ++i)
+            layer.b[i] = g.lora.b[i] * g.lora.scale;
+        if (g.gain && team.rank == 0) std::copy_n(g.gain, g.N, layer.gain);
+        if (g.bias && team.rank == 0) std::copy_n(g.bias, g.N, layer.bias);
         team.wait();
-        const int64_t strips = R ? parts(f.N, STRIP) : 0, narrow = f.lora.a ? parts(R, STRIP) : 0;
-        for (int64_t s = team.begin(strips); s < team.end(strips); ++s)
-            pack_parts<P, Terms::across>(b, R, R, f.N, s, b_packed);
+        const int64_t wide = R ? parts(g.N, STRIP) : 0, narrow = g.lora.a ? parts(R, STRIP) : 0;
+        for (int64_t s = team.begin(wide); s < team.end(wide); ++s)
+            pack_parts<P, Terms::across>(layer.b, R, R, g.N, s, layer.b_packed);
         for (int64_t s = team.begin(narrow); s < team.end(narrow); ++s)
-            pack_parts<P, Terms::across>(f.lora.a, f.K, f.K, R, s, a_packed);
+            pack_parts<P, Terms::across>(g.lora.a, f.K, f.K, R, s, layer.a_packed);
     }
 
     int64_t first_row(int64_t panel) const { return std::min(panel * height, f.M); }
     int64_t rows_of(int64_t panel) const { return first_row(panel + 1) - first_row(panel); }
 
-    // a panel that one thread works on alone: its mask is made beside the one before
+    // a panel that one thread works on alone: its masks are made beside the one before
     void start(int64_t panel, Slot& slot, Fp32Beside& beside) {
-        if (dropout)
-            beside.keep.start(f.lora.draw, first_row(panel), rows_of(panel), f.K, slot.keep[1], ld_keep);
+        beside.keep.start(draws.data(), masks, first_row(panel), rows_of(panel), f.K, slot.keep[1], ld_keep,
+                          height * ld_keep);
     }
 
     void panel(int64_t index, int64_t next, Team team, Slot& slot, const Own& own, Fp32Beside& beside) {
-        const int64_t begin = first_row(index), rows = rows_of(index), strips = parts(f.N, STRIP);
+        const int64_t begin = first_row(index), rows = rows_of(index),
+                      count = static_cast<int64_t>(strips.size());
         if (alone) {
             beside.keep.finish(parts(f.K, 128));
             std::swap(slot.keep[0], slot.keep[1]);
             start(next, slot, beside);
-        } else if (dropout) {
-            make_mask(begin, rows, team, slot);
+        } else if (masks) {
+            make_masks(begin, rows, team, slot);
         }
         for (int64_t i = 0; i < stretches.count; ++i) {
             for (int64_t row = 32 * team.rank; row < rows; row += 32 * team.size)
-                waist(begin, row, std::min<int64_t>(rows - row, 32), i, slot, own);
+                waists(begin, row, std::min<int64_t>(rows - row, 32), i, slot, own);
             team.wait();
-            for (int64_t s = team.begin(strips); s < team.end(strips); ++s)
+            for (int64_t s = team.begin(count); s < team.end(count); ++s)
                 columns(s, begin, rows, i, team.rank, slot, own, beside);
             beside.finish();
             team.wait();
         }
     }
 
-    // each thread for the 32 rows that it takes in waist()
-    void make_mask(int64_t begin, int64_t rows, Team team, const Slot& slot) {
+    // each thread for the 32 rows that it takes in waists()
+    void make_masks(int64_t begin, int64_t rows, Team team, const Slot& slot) {
         for (int64_t row = 32 * team.rank; row < rows; row += 32 * team.size) {
-            KeepRows mask;
-            mask.start(f.lora.draw, begin + row, std::min<int64_t>(rows - row, 32), f.K,
-                       slot.keep[0] + row * ld_keep, ld_keep);
-            mask.finish(parts(f.K, 128));
+            KeepRows make;
+            make.start(draws.data(), masks, begin + row, std::min<int64_t>(rows - row, 32), f.K,
+                       slot.keep[0] + row * ld_keep, ld_keep, height * ld_keep);
+            make.finish(parts(f.K, 128));
         }
     }
 
-    // a stretch of x in parts, and its share of h, for up to 32 rows of a panel
-    void waist(int64_t begin, int64_t row, int64_t rows, int64_t stretch, const Slot& slot, const Own& own) {
-        const Planes x = slot.x.row(row), h = slot.h.row(row);
+    // a stretch of x in parts, and its share of every h, for up to 32 rows of a panel
+    void waists(int64_t begin, int64_t row, int64_t rows, int64_t stretch, const Slot& slot, const Own& own) {
+        const Planes x = slot.x.row(row);
         const int64_t step = stretches.begin(stretch), count = stretches.begin(stretch + 1) - step;
-        const bool first = stretch == 0, last = stretch == stretches.count - 1;
         const int64_t k = step * STEP, wide = std::min(count * STEP, f.K - k);
         split_rows<P>(f.x + (begin + row) * f.ldx + k, f.ldx, rows, wide, x);
-        float *to = f.h + (begin + row) * R, *sums = slot.waist + row * padded(R, STRIP);
-        if (!f.lora.a) {
-            if (first && R) split_rows<P>(to, R, rows, R, h);
-            return;
+        for (size_t i = 0; i < layers.size(); ++i) {
+            const Layer& layer = layers[i];
+            const LowRank& lora = layer.g->lora;
+            const int64_t R = lora.R;
+            float *to = layer.g->h + (begin + row) * R, *sums = slot.waist[i] + row * padded(R, STRIP);
+            const Planes h = slot.h[i].row(row);
+            if (!lora.a) {
+                if (stretch == 0 && R) split_rows<P>(to, R, rows, R, h);
+                continue;
+            }
+            Planes x_hat = x;
+            if (layer.mask >= 0)
+                x_hat =
+                    dropped(rows, x, count, slot.keep[0] + (layer.mask * height + row) * ld_keep + step, own);
+            multiply_narrow_parts<P>({x_hat, layer.a_packed + step * 2 * TILE * P, count},
+                                     steps * 2 * TILE * P, rows, R, stretch == 0, sums);
+            if (stretch == stretches.count - 1)
+                finish_narrow_parts<P>(sums, rows, R, layer.mask >= 0 ? lora.keep_scale : 1.0f, to, R, h);
         }
-        const uint32_t* keep = slot.keep[0] + row * ld_keep + step;
-        const Planes x_hat = dropout ? dropped(rows, x, count, keep, own) : x;
-        multiply_narrow_parts<P>({x_hat, a_packed + step * 2 * TILE * P, count}, steps * 2 * TILE * P, rows,
-                                 R, first, sums);
-        if (last) finish_narrow_parts<P>(sums, rows, R, dropout ? f.lora.keep_scale : 1.0f, to, R, h);
     }
 
     Planes dropped(int64_t rows, Planes x, int64_t count, const uint32_t* keep, const Own& own) {
@@ -159,33 +196,44 @@ class Forward {
         return own.x_hat;
     }
 
-    // one stretch of 32 columns of y for the rows of a panel
-    void columns(int64_t strip, int64_t begin, int64_t rows, int64_t stretch, int64_t rank, const Slot& slot,
+    // where a stretch of 32 columns of a packed weight begins
+    const bf16* strip_of(const Column& column, int64_t step) const {
+        return layers[column.layer].g->w + (column.n / STRIP * steps + step) * 2 * TILE * P;
+    }
+
+    // one stretch of 32 columns of a result for the rows of a panel
+    void columns(int64_t index, int64_t begin, int64_t rows, int64_t stretch, int64_t rank, const Slot& slot,
                  const Own& own, Fp32Beside& beside) {
-        const int64_t n = strip * STRIP, step = stretches.begin(stretch);
-        const bf16* w = f.w + (strip * steps + step) * 2 * TILE * P;
+        const Column& column = strips[index];
+        const Layer& layer = layers[column.layer];
+        const Fp32Layer& g = *layer.g;
+        const int64_t n = column.n, step = stretches.begin(stretch), place = begin * g.N + n;
         Fp32Strip s = {};
-        s.main = {slot.x, w, stretches.begin(stretch + 1) - step};
-        s.side = {slot.h, b_packed + n * waist_steps * STEP * P, waist_steps};
-        s.to.bias = f.bias ? bias + n : nullptr;
-        s.to.to = f.y + begin * f.N + n, s.to.ld = f.N, s.to.inside = pefast::first(f.N - n);
         s.rows = rows, s.first = stretch == 0, s.last = stretch == stretches.count - 1;
-        beside.strip = Fetch(w + steps * 2 * TILE * P, n + STRIP < f.N ? s.main.steps * 4 * TILE * P : 0,
-                             parts(rows, 32) * s.main.steps * PRODUCTS<P>);
-        s.sums = slot.sums + (stretches.count > 1 ? strip : rank) * height * STRIP;
+        s.main = {slot.x, strip_of(column, step), stretches.begin(stretch + 1) - step};
+        if (s.last)
+            s.side = {slot.h[column.layer], layer.b_packed + n * layer.waist_steps * STEP * P,
+                      layer.waist_steps};
+        s.to.gain = g.gain ? layer.gain + n : nullptr, s.to.bias = g.bias ? layer.bias + n : nullptr;
+        s.to.to = g.y + place, s.to.u = g.u ? g.u + place : nullptr;
+        s.to.ld = g.N, s.to.inside = first(g.N - n);
+        const bool more = index + 1 < static_cast<int64_t>(strips.size());
+        beside.strip =
+            Fetch(more ? strip_of(strips[index + 1], step) : nullptr, more ? s.main.steps * 4 * TILE * P : 0,
+                  parts(rows, 32) * s.main.steps * PRODUCTS<P>);
+        s.sums = slot.sums + (stretches.count > 1 ? index : rank) * height * STRIP;
         multiply_strip_parts<P>(s, own.blocks, beside);
     }
 
     const Fp32Forward& f;
-    const int64_t R, steps, waist_steps;
+    const int64_t steps;
     const Stretches stretches;
-    const int64_t lda, ldh, ld_keep;
-    const bool dropout;
-    int64_t panels, height;
+    const int64_t lda, ld_keep;
+    int64_t panels, height, masks;
     bool alone;  // each panel is one thread's
-    float* b;
-    bf16 *a_packed, *b_packed;
-    float* bias;
+    std::vector<Layer> layers;
+    std::vector<Column> strips;
+    std::vector<Draw> draws;  // of the masks
     std::vector<Slot> slots;
     std::vector<Own> owns;
 };

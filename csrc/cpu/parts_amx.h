@@ -31,14 +31,20 @@ PEFAST_INLINE void split(__m512 v, __m512i (&part)[P]) {
 
 inline __mmask16 half(__mmask32 mask, int which) { return static_cast<__mmask16>(mask >> 16 * which); }
 
-// 32 numbers of a row, their parts in order
+// 32 numbers of a row, times a gain where there is one, their parts in order
 template <int P>
-PEFAST_INLINE void split_row(const float* x, __mmask32 inside, __m512i (&row)[P]) {
+PEFAST_INLINE void split_row(const float* x, __mmask32 inside, const float* gain, __m512i (&row)[P]) {
     const __m512i HIGH = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31,
                                           29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     __m512i left[P], right[P];
-    split<P>(_mm512_maskz_loadu_ps(half(inside, 0), x), left);
-    split<P>(_mm512_maskz_loadu_ps(half(inside, 1), x + 16), right);
+    __m512 low = _mm512_maskz_loadu_ps(half(inside, 0), x),
+           high = _mm512_maskz_loadu_ps(half(inside, 1), x + 16);
+    if (gain) {
+        low = _mm512_mul_ps(low, _mm512_maskz_loadu_ps(half(inside, 0), gain));
+        high = _mm512_mul_ps(high, _mm512_maskz_loadu_ps(half(inside, 1), gain + 16));
+    }
+    split<P>(low, left);
+    split<P>(high, right);
     for (int p = 0; p < P; ++p) row[p] = _mm512_permutex2var_epi16(left[p], HIGH, right[p]);
 }
 
@@ -49,13 +55,14 @@ struct Planes {
     Planes row(int64_t r) const { return {at + r * ld, ld, plane}; }
 };
 
-// up to 32 rows; columns and rows filled up with zeros to full tiles
+// up to 32 rows, times gain [columns]; columns and rows filled up with zeros to full tiles
 template <int P>
-inline void split_rows(const float* x, int64_t ldx, int64_t rows, int64_t columns, Planes to) {
+inline void split_rows(const float* x, int64_t ldx, int64_t rows, int64_t columns, Planes to,
+                       const float* gain = nullptr) {
     for (int64_t r = 0; r < padded(rows, SIDE); ++r, x += ldx, to.at += to.ld)
         for (int64_t c = 0; c < columns; c += 32) {
             __m512i row[P];
-            split_row<P>(x + c, r < rows ? first(columns - c) : 0, row);
+            split_row<P>(x + c, r < rows ? first(columns - c) : 0, gain ? gain + c : nullptr, row);
             for (int p = 0; p < P; ++p) _mm512_store_si512(to.at + p * to.plane + c, row[p]);
         }
 }
@@ -91,7 +98,7 @@ inline void pack_parts_across(const float* src, int64_t ld, int64_t terms, int64
         for (int64_t i = 0; i < 16; ++i) {
             const int64_t column = side * SIDE + i;
             __m512i row[P];
-            split_row<P>(src + column * ld, column < columns ? inside : 0, row);
+            split_row<P>(src + column * ld, column < columns ? inside : 0, nullptr, row);
             for (int p = 0; p < P; ++p) v[p][i] = row[p];
         }
         for (int p = 0; p < P; ++p) {

@@ -1,46 +1,57 @@
-// delta_linear in fp32 and without tiles, over random shapes against plain loops. How to build: tests/test_sanitizers.py.
+// delta_linear in fp32 by parts, one to three layers that read the same x, over random shapes against plain loops.
+// How to build: tests/test_sanitizers.py.
 #include "../cpu/delta_linear_fp32.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <limits>
+#include <list>
 #include <vector>
 
-#include "../cpu/delta_linear_thin.h"
-#include "../cpu/isa.h"
 #include "guarded.h"
 
 using namespace pefast;
 
 namespace {
 
-// Sizes of one case, and its factors.
-template <class T>
-struct Case {
-    int64_t M = sized(0, 40, 700), N = sized(1, 70, 600), K = sized(1, 100, 1200), R = sized(1, 20, 63);
-    int64_t ldx = K + any(0, 1) * any(0, 40), lddy = N + any(0, 1) * any(0, 40);
-    bool given = false, wild = !any(0, 4);
-    double p = any(0, 1) ? 0.3 : 0;
-    Guarded<T> x, dy, w;
-    Guarded<float> a, b, bias;
+// What all layers of a case share.
+struct Shared {
+    int64_t M = sized(0, 40, 700), K = sized(1, 100, 1200);
+    int64_t ldx = K + any(0, 1) * any(0, 40);
+    bool wild = !any(0, 4), has_dx = any(0, 7);
+    int parts = any(0, 1) ? 1 : 3;
+    Guarded<float> x{M ? (M - 1) * ldx + K : 0};
 
-    Case()
-        : x(M ? (M - 1) * ldx + K : 0),
-          dy(M ? (M - 1) * lddy + N : 0),
-          w(N * K),
-          a(R * K),
-          b(N * R),
-          bias(N) {
-        fill(x.at, M, K, ldx), fill(dy.at, M, N, lddy), fill(w.at, N, K, K);
-        fill(a.at, R, K, K), fill(b.at, N, R, R), fill(bias.at, 1, N, N);
+    Shared() {
+        fill(x.at, M, K, ldx);
         const float worst[] = {NAN, INFINITY, -INFINITY, 3.4e38f, 1e-42f, -0.0f};
-        for (int i = 0; wild && M && i < 3; ++i)
-            narrow(worst[any(0, 5)], &x[any(0, M - 1) * ldx + any(0, K - 1)]);
+        for (int i = 0; wild && M && i < 3; ++i) x[any(0, M - 1) * ldx + any(0, K - 1)] = worst[any(0, 5)];
+    }
+};
+
+// One layer: its factors, and what is asked for.
+struct Layer {
+    const Shared& s;
+    int64_t N = sized(1, 70, 600), R = any(0, 9) ? sized(1, 20, 63) : 0;
+    int64_t lddy = N + any(0, 1) * any(0, 40), seed = any(0, 1 << 30);
+    bool given = !any(0, 3) || !R, has_gain = any(0, 1), has_bias = any(0, 1);
+    // da or dh, db, dgain, dbias
+    bool asked[4] = {R && any(0, 3), R && any(0, 3), has_gain && any(0, 1), !any(0, 1)};
+    double p = any(0, 1) ? 0.3 : 0;
+    Guarded<float> dy{s.M ? (s.M - 1) * lddy + N : 0}, w{N * s.K}, a{R * s.K}, b{N * R}, bias{N}, gain{N},
+        waist{s.M * R};
+    Guarded<bf16> for_y{fp32_packed_size(s.K, N, s.parts)}, for_dx{fp32_packed_size(N, s.K, s.parts)};
+
+    explicit Layer(const Shared& shared) : s(shared) {
+        fill(dy.at, s.M, N, lddy), fill(w.at, N, s.K, s.K), fill(a.at, R, s.K, s.K), fill(b.at, N, R, R);
+        fill(bias.at, 1, N, N), fill(gain.at, 1, N, N), fill(waist.at, s.M, R, R);
+        delta_linear_fp32_pack(w.at, 1, s.K, s.K, N, s.parts, for_y.at, static_cast<int>(any(1, 3)));
+        delta_linear_fp32_pack(w.at, s.K, 1, N, s.K, s.parts, for_dx.at, static_cast<int>(any(1, 3)));
     }
 
     LowRank lora() const {
-        return {given ? nullptr : a.at,         b.at, R, 0.5f, p > 0, make_draw(p, 12345678901, 0),
+        return {given ? nullptr : a.at,         b.at, R, 0.5f, p > 0, make_draw(p, seed, 0),
                 static_cast<float>(1 / (1 - p))};
     }
 
@@ -52,132 +63,140 @@ struct Case {
         return (c[k % 128 / 32] >> (16 * (k % 2)) & 0xffff) >= draw.threshold ? 1 / (1 - p) : 0;
     }
 
-    // the formula of y and of dx, one number each; h as the kernel stored it
-    double y_of(int64_t m, int64_t n, const T* h) const {
-        double y = 0;
-        for (int64_t k = 0; k < K; ++k)
-            y += widen(x.at[m * ldx + k]) * static_cast<double>(widen(w.at[n * K + k]));
-        for (int64_t r = 0; r < R; ++r) y += 0.5 * widen(h[m * R + r]) * b.at[n * R + r];
-        return y;
+    // the formula of u and of one number's part in dx; h as the kernel stored it
+    double u_of(int64_t m, int64_t n, const float* h) const {
+        double u = 0;
+        for (int64_t k = 0; k < s.K; ++k) u += s.x.at[m * s.ldx + k] * static_cast<double>(w.at[n * s.K + k]);
+        for (int64_t r = 0; r < R; ++r) u += 0.5 * h[m * R + r] * static_cast<double>(b.at[n * R + r]);
+        return u;
     }
 
     double dx_of(int64_t m, int64_t k) const {
         double dx = 0;
         for (int64_t n = 0; n < N; ++n) {
-            double through = widen(w.at[n * K + k]);
+            double through = w.at[n * s.K + k];
             for (int64_t r = 0; !given && r < R; ++r)
-                through += kept(m, k) * 0.5 * b.at[n * R + r] * static_cast<double>(a.at[r * K + k]);
-            dx += widen(dy.at[m * lddy + n]) * through;
+                through += kept(m, k) * 0.5 * b.at[n * R + r] * static_cast<double>(a.at[r * s.K + k]);
+            dx += dy.at[m * lddy + n] * (has_gain ? gain.at[n] : 1.0) * through;
         }
         return dx;
     }
 };
 
-template <class T>
-bool same_bits(const Guarded<T>& got, int64_t count, std::vector<T>& first, bool begins) {
-    if (begins) first.assign(got.at, got.at + count);
-    return !count || !std::memcmp(got.at, first.data(), count * sizeof(T));
-}
+// What a layer's pass gave.
+struct Results {
+    const Layer& l;
+    int64_t M = l.s.M;
+    Guarded<float> y{M * l.N}, u{M * l.N}, h{M * l.R}, dh{M * l.R}, da{l.R * l.s.K}, db{l.N * l.R},
+        dgain{l.N}, dbias{l.N};
 
-// what was computed, close to the formula at some places and, where numbers are tame, nowhere left out
-template <class T>
-bool close(const Case<T>& c, Guarded<T>& y, Guarded<T>& h, Guarded<T>* dx, double bound) {
-    for (int i = 0; c.M && !c.wild && i < 4; ++i) {
-        const int64_t m = any(0, c.M - 1), n = any(0, c.N - 1), k = any(0, c.K - 1);
-        const double size = 1 + std::sqrt(c.K) * (1 + std::sqrt(c.R)) * std::sqrt(c.N);
-        if (!(std::abs(widen(y[m * c.N + n]) - c.y_of(m, n, h.at)) <= bound * size)) return false;
-        if (dx && !(std::abs(widen((*dx)[m * c.K + k]) - c.dx_of(m, k)) <= bound * size)) return false;
+    explicit Results(const Layer& layer) : l(layer) {
+        if (l.given) std::copy_n(l.waist.at, M * l.R, h.at);
     }
-    return true;
-}
 
-bool parts_case() {
-    Case<float> c;
-    c.given = !any(0, 3);
-    const int parts = any(0, 1) ? 1 : 3;
-    Guarded<bf16> for_y(fp32_packed_size(c.K, c.N, parts)), for_dx(fp32_packed_size(c.N, c.K, parts));
-    delta_linear_fp32_pack(c.w.at, 1, c.K, c.K, c.N, parts, for_y.at, 1);
-    delta_linear_fp32_pack(c.w.at, c.K, 1, c.N, c.K, parts, for_dx.at, 2);
-    std::vector<float> first[6];
-    for (int threads : {1, 2, 3, 5}) {
-        Guarded<float> y(c.M * c.N), h(c.M * c.R), dx(c.M * c.K), dh(c.M * c.R), da(c.R * c.K), db(c.N * c.R);
-        if (c.given) std::fill_n(h.at, c.M * c.R, 0.25f);
-        const LowRank lora = c.lora();
-        delta_linear_fp32_forward({c.M, c.N, c.K, c.x.at, c.ldx, for_y.at, lora, nullptr, y.at, h.at}, parts,
-                                  threads);
-        delta_linear_fp32_backward({c.M, c.N, c.K, c.x.at, c.ldx, c.dy.at, c.lddy, h.at, for_dx.at, lora,
-                                    dx.at, c.given ? dh.at : nullptr, c.given ? nullptr : da.at, db.at},
-                                   parts, threads);
-        if (threads == 1 && !close(c, y, h, &dx, parts == 1 ? 0.05 : 1e-5)) return false;
-        const bool begins = threads == 1;
-        const bool same =
-            same_bits(y, c.M * c.N, first[0], begins) && same_bits(h, c.M * c.R, first[1], begins) &&
-            same_bits(dx, c.M * c.K, first[2], begins) && same_bits(db, c.N * c.R, first[3], begins) &&
-            (c.given ? same_bits(dh, c.M * c.R, first[4], begins)
-                     : same_bits(da, c.R * c.K, first[5], begins));
-        if (!same) return false;
-        for (int64_t i = 0; !c.wild && i < c.N * c.R; ++i)
-            if (!(db[i] == db[i])) return false;  // a number not written is a NaN
+    Fp32Layer forward() {
+        return {l.N,
+                l.for_y.at,
+                l.lora(),
+                l.has_gain ? l.gain.at : nullptr,
+                l.has_bias ? l.bias.at : nullptr,
+                y.at,
+                l.asked[2] ? u.at : nullptr,
+                h.at};
     }
-    return true;
-}
 
-// left [M, count] times right [count, columns], its strides as given, in plain loops
-template <class T>
-std::vector<T> product(const T* left, int64_t ld, int64_t M, const T* right, int64_t stride_column,
-                       int64_t stride_sum, int64_t columns, int64_t count) {
-    std::vector<T> made(M * columns);
-    std::vector<float> near(count);
-    for (int64_t column = 0; column < columns; ++column) {
-        for (int64_t i = 0; i < count; ++i) near[i] = widen(right[column * stride_column + i * stride_sum]);
-        for (int64_t m = 0; m < M; ++m) {
-            double sum = 0;
-            for (int64_t i = 0; i < count; ++i) sum += widen(left[m * ld + i]) * static_cast<double>(near[i]);
-            narrow(static_cast<float>(sum), &made[m * columns + column]);
+    Fp32LayerBackward backward() {
+        return {l.N,
+                l.dy.at,
+                l.lddy,
+                l.has_gain ? l.gain.at : nullptr,
+                u.at,
+                h.at,
+                l.for_dx.at,
+                l.lora(),
+                l.given && l.asked[0] ? dh.at : nullptr,
+                !l.given && l.asked[0] ? da.at : nullptr,
+                l.asked[1] ? db.at : nullptr,
+                l.asked[2] ? dgain.at : nullptr,
+                l.asked[3] ? dbias.at : nullptr};
+    }
+
+    // all that was asked for, what was not is as it was made
+    bool same(std::vector<float> (&first)[8], bool begins) const {
+        return same_bits(y, M * l.N, first[0], begins) && same_bits(u, M * l.N, first[1], begins) &&
+               same_bits(h, M * l.R, first[2], begins) && same_bits(dh, M * l.R, first[3], begins) &&
+               same_bits(da, l.R * l.s.K, first[4], begins) && same_bits(db, l.N * l.R, first[5], begins) &&
+               same_bits(dgain, l.N, first[6], begins) && same_bits(dbias, l.N, first[7], begins);
+    }
+
+    // a number that was not written is a NaN, and one that nobody asked for stays one
+    bool whole() const {
+        const auto all = [](const Guarded<float>& t, int64_t count, bool written) {
+            for (int64_t i = 0; i < count; ++i)
+                if (std::isnan(t.at[i]) == written) return false;
+            return true;
+        };
+        return all(y, M * l.N, true) && all(u, M * l.N, l.asked[2]) && all(h, M * l.R, true) &&
+               all(dh, M * l.R, l.given && l.asked[0]) && all(da, l.R * l.s.K, !l.given && l.asked[0]) &&
+               all(db, l.N * l.R, l.asked[1]) && all(dgain, l.N, l.asked[2]) && all(dbias, l.N, l.asked[3]);
+    }
+
+    bool close(double bound) const {
+        const double size = 1 + std::sqrt(l.s.K) * (1 + std::sqrt(l.R)) * std::sqrt(l.N);
+        for (int i = 0; M && i < 4; ++i) {
+            const int64_t m = any(0, M - 1), n = any(0, l.N - 1);
+            const double u_right = l.u_of(m, n, h.at);
+            const double right =
+                u_right * (l.has_gain ? l.gain.at[n] : 1) + (l.has_bias ? l.bias.at[n] : 0.0);
+            if (!(std::abs(y.at[m * l.N + n] - right) <= bound * size)) return false;
+            if (l.asked[2] && !(std::abs(u.at[m * l.N + n] - u_right) <= bound * size)) return false;
         }
+        double gain = 0, bias = 0, most = 1;
+        const int64_t n = any(0, l.N - 1);
+        for (int64_t m = 0; m < M; ++m) {
+            const double dy = l.dy.at[m * l.lddy + n];
+            bias += dy;
+            if (l.asked[2]) gain += dy * u.at[m * l.N + n], most += std::abs(dy * u.at[m * l.N + n]);
+        }
+        return !(l.asked[2] && !(std::abs(dgain.at[n] - gain) <= 1e-5 * most)) &&
+               !(l.asked[3] && !(std::abs(dbias.at[n] - bias) <= 1e-5 * (1 + static_cast<double>(M))));
     }
-    return made;
-}
-
-template <class T>
-bool thin_case() {
-    Case<T> c;
-    std::vector<T> first[3];
-    std::vector<float> first_a, first_b;
-    // the library's products
-    const std::vector<T> product_y = product(c.x.at, c.ldx, c.M, c.w.at, c.K, 1, c.N, c.K),
-                         product_dx = product(c.dy.at, c.lddy, c.M, c.w.at, 1, c.K, c.K, c.N);
-    for (int threads : {1, 2, 3, 5}) {
-        Guarded<T> y(c.M * c.N), h(c.M * c.R), dx(c.M * c.K);
-        Guarded<float> da(c.R * c.K), db(c.N * c.R);
-        std::copy(product_y.begin(), product_y.end(), y.at),
-            std::copy(product_dx.begin(), product_dx.end(), dx.at);
-        const LowRank lora = c.lora();
-        delta_linear_thin_forward<T>({c.M, c.N, c.K, c.x.at, c.ldx, lora, y.at, h.at}, threads);
-        delta_linear_thin_backward<T>(
-            {c.M, c.N, c.K, c.x.at, c.ldx, c.dy.at, c.lddy, h.at, lora, dx.at, da.at, db.at}, threads);
-        if (threads == 1 && !close(c, y, h, &dx, sizeof(T) == 2 ? 0.05 : 1e-5)) return false;
-        const bool begins = threads == 1;
-        if (!(same_bits(y, c.M * c.N, first[0], begins) && same_bits(h, c.M * c.R, first[1], begins) &&
-              same_bits(dx, c.M * c.K, first[2], begins) && same_bits(da, c.R * c.K, first_a, begins) &&
-              same_bits(db, c.N * c.R, first_b, begins)))
-            return false;
-        for (int64_t i = 0; !c.wild && i < c.N * c.R; ++i)
-            if (!(db[i] == db[i])) return false;
-    }
-    return true;
-}
+};
 
 bool one_case() {
-    if (delta_linear_fp32_here() && !parts_case()) return std::puts("in parts"), false;
-    for (const char* level : {"avx2", "avx512"}) {
-        bool there = false;
-        for (Isa each : isa_levels()) there = there || !std::strcmp(isa_name(each), level);
-        if (!there) continue;
-        use_isa(level);
-        const bool right = any(0, 1) ? thin_case<float>() : thin_case<bf16>();
-        use_isa("");
-        if (!right) return std::printf("beside a library's product, %s\n", level), false;
+    const Shared s;
+    std::list<Layer> layers;
+    for (int64_t i = any(1, 3); i > 0; --i) layers.emplace_back(s);
+    const double bound = s.parts == 1 ? 0.05 : 1e-5;
+    std::vector<float> first[3][8], first_dx;
+    for (int threads : {1, 2, 3, 5}) {
+        std::list<Results> results;
+        Guarded<float> dx(s.M * s.K);
+        Fp32Forward forward = {s.M, s.K, s.x.at, s.ldx, {}};
+        Fp32Backward backward = {s.M, s.K, s.x.at, s.ldx, s.has_dx ? dx.at : nullptr, {}};
+        for (const Layer& layer : layers) {
+            results.emplace_back(layer);
+            forward.layers.push_back(results.back().forward());
+            backward.layers.push_back(results.back().backward());
+        }
+        delta_linear_fp32_forward(forward, s.parts, threads);
+        delta_linear_fp32_backward(backward, s.parts, threads);
+        const bool begins = threads == 1;
+        if (!same_bits(dx, s.M * s.K, first_dx, begins)) return false;
+        int i = 0;
+        for (const Results& one : results) {
+            if (!one.same(first[i++], begins)) return false;
+            if (begins && !s.wild && !(one.whole() && one.close(bound))) return false;
+        }
+        for (int j = 0; s.has_dx && s.M && begins && !s.wild && j < 4; ++j) {
+            const int64_t m = any(0, s.M - 1), k = any(0, s.K - 1);
+            double right = 0, size = 1;
+            for (const Layer& l : layers) {
+                right += l.dx_of(m, k);
+                size += std::sqrt(s.K) * (1 + std::sqrt(l.R)) * std::sqrt(l.N);
+            }
+            if (!(std::abs(dx[m * s.K + k] - right) <= bound * size)) return false;
+        }
     }
     return true;
 }
@@ -186,6 +205,7 @@ bool one_case() {
 
 int main(int count, char** words) {
     const int cases = count > 1 ? std::atoi(words[1]) : 100;
+    if (!delta_linear_fp32_here()) return std::puts("no AMX here"), 0;
     for (int i = 0; i < cases; ++i)
         if (!one_case()) return std::printf("case %d is wrong\n", i), 1;
     std::printf("%d cases\n", cases);

@@ -98,7 +98,7 @@ class Group:
 
 def _joins(x: Tensor) -> bool:
     """Whether siblings may compute together on x at all."""
-    if x.dtype is not torch.bfloat16 or through_the_registry(x):
+    if x.dtype not in (torch.bfloat16, torch.float32) or through_the_registry(x):
         return False
     if dispatch.forced() not in (None, "native") or torch.is_autocast_enabled(x.device.type):
         return False
@@ -121,13 +121,13 @@ def _part(member: nn.Module, x: Tensor) -> Part | None:
         segment = Segment(
             member.lora_a, member.lora_b, member.scale, dropout=member.dropout if member.training else 0.0
         )
-        return Part(member.weight, (segment,), member.bias)
+        return Part(member.weight, (segment,), member.bias, compute=member.compute)
     if isinstance(member, PeftLinear):
         if member._elsewhere(x):
             return None
         base = member.get_base_layer()
         segments = [member._segment(name, None) for name in member.active_adapters if name in member.lora_A]
-        return Part(format_of(base).weight(base), tuple(segments), base.bias)
+        return Part(format_of(base).weight(base), tuple(segments), base.bias, compute=member.compute)
     if not isinstance(member, DeltaHost) or member.merged:
         return None
     segments = []
@@ -136,7 +136,7 @@ def _part(member: nn.Module, x: Tensor) -> Part | None:
             if delta.gains or not delta.rides or isinstance(delta, Across):
                 return None
             segments.append(delta.segment(index))
-    return Part(FORMATS[member.format].weight(member), tuple(segments), member.bias)
+    return Part(FORMATS[member.format].weight(member), tuple(segments), member.bias, compute=member.compute)
 
 
 def _takes(module: nn.Module | None) -> bool:

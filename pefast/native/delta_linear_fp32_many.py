@@ -1,70 +1,93 @@
 """fp32 calls with more beside the weight than one plain LoRA: waists by PyTorch, all that is wide natively.
 
-    hs = [h₁ h₂ …]  [M, R]    bs = [s₁b₁ s₂b₂ …]  [N, R]    y = x wᵀ + hs bsᵀ + bias
+    hs = [h₁ h₂ …]  [M, R]    bs = [s₁b₁ s₂b₂ …]  [N, R]    u = x wᵀ + hs bsᵀ    y = u ⊙ gain + bias
 
-R: all ranks together; the bias of a delta that is for some rows alone is one column more. A `product` is
-delta_linear_fp32's, with the waist given. Formula of each h: pefast/ops/delta_linear.py.
+R: all ranks together; the bias of a delta that is for some rows alone, or under a gain, is one column more.
+Formula of each h: pefast/ops/delta_linear.py.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
-def forward(call, product: Callable) -> tuple[Tensor, list[tuple[Tensor | None, None]]]:
-    """y [M, N], and for backward hs and each segment's z or None; product(bias, bs, hs) -> y."""
+def waists(call) -> bool:
+    """Whether there is more beside the weight than one plain LoRA."""
+    if len(call.segments) != 1:
+        return len(call.segments) > 1
+    s = call.segments[0]
+    more = s.activation != "identity" or s.c is not None or s.adapter is not None
+    return more or (s.d is not None and call.gain is not None)
+
+
+def forward(call) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """hs [M, R], the bias [N] with the d's that stand for all rows, and each segment's z or None."""
     hs, zs, bias = [], [], call.bias
     for stream, s in enumerate(call.segments):
         h, z = _waist(call, s, stream)
         rows = _own_rows(call, s)
         hs.append(h if rows is None else h * rows)
         zs.append(z)
-        if s.d is not None and rows is not None:
-            hs.append(rows)
+        if _own_column(call, s):
+            hs.append(h.new_ones((len(h), 1)) if rows is None else rows)
         elif s.d is not None:
             step = s.d * s.scale  # [N]
             bias = step if bias is None else bias + step
-    waist = torch.cat(hs, 1)
-    return product(bias, _ups(call), waist), [(waist, None), *((z, None) for z in zs)]
+    return torch.cat(hs, 1), bias, zs
 
 
-def backward(call, saved, dy: Tensor, needs, product: Callable):
-    """dx and (da, db, dc, dd, dh) of each segment; product(bs, hs, need_h, need_b) -> dx, dhs, dbs."""
-    (waist, _), *zs = saved
-    through = [
-        (needs.x and s.h is None) or n[0] or n[2] or n[4]
-        for s, n in zip(call.segments, needs.segments, strict=True)
-    ]
-    wide = any(n[1] or n[3] for n in needs.segments)
-    dx, dhs, dbs = product(_ups(call), waist, any(through), wide)
-    deltas, at = [], 0
-    for stream, (s, (z, _), need) in enumerate(zip(call.segments, zs, needs.segments, strict=True)):
+def backward(call, zs, dhs, dbs, dbias, dx, needs):
+    """(da, db, dc, dd, dh) of each segment, from those of hs, bs and bias; its part of dx is added."""
+    deltas, at, walked = [], 0, through(call, needs, dx is not None)
+    for stream, (s, z, need) in enumerate(zip(call.segments, zs, needs.segments, strict=True)):
         end, rows = at + s.b.shape[1], _own_rows(call, s)
         db = dbs[:, at:end] * s.scale if need[1] else None
-        own_d = s.d is not None and rows is not None
         dd = None
         if need[3]:
-            dd = dbs[:, end] * s.scale if own_d else dy.sum(0) * s.scale
+            dd = (dbs[:, end] if _own_column(call, s) else dbias) * s.scale
         da = dc = dh = None
-        if through[stream]:
+        if walked[stream]:
             dh = dhs[:, at:end] if rows is None else dhs[:, at:end] * rows
             if s.h is None:
                 da, dc = _before_the_waist(call, s, stream, dh, z, dx, need)
         given = dh.reshape(s.h.shape) if need[4] else None
         deltas.append((da, db, dc, dd, given))
-        at = end + own_d
-    return dx, deltas
+        at = end + _own_column(call, s)
+    return deltas
 
 
-def _ups(call) -> Tensor:  # [N, R]
+def through(call, needs, need_x: bool) -> list[bool]:
+    """Whether a segment's dh is needed."""
+    return [
+        (need_x and s.h is None) or n[0] or n[2] or n[4]
+        for s, n in zip(call.segments, needs.segments, strict=True)
+    ]
+
+
+def wide(call, needs) -> bool:
+    """Whether the gradient of bs is needed."""
+    return any(
+        n[1] or (n[3] and _own_column(call, s)) for s, n in zip(call.segments, needs.segments, strict=True)
+    )
+
+
+def needs_sum(call, needs) -> bool:
+    """Whether Σ dy is needed for a segment's d."""
+    return any(n[3] and not _own_column(call, s) for s, n in zip(call.segments, needs.segments, strict=True))
+
+
+def ups(call) -> Tensor:  # [N, R]
     """The scaled b's side by side, and where hs has a column for a d, that d."""
-    ups = []
+    made = []
     for s in call.segments:
-        ups.append(s.b * s.scale)
-        if s.d is not None and s.adapter is not None:
-            ups.append((s.d * s.scale)[:, None])
-    return torch.cat(ups, 1)
+        made.append(s.b * s.scale)
+        if _own_column(call, s):
+            made.append((s.d * s.scale)[:, None])
+    return torch.cat(made, 1)
+
+
+def _own_column(call, s) -> bool:
+    """Whether d is a column of bs: it stands for some rows alone, or belongs to what the gain multiplies."""
+    return s.d is not None and (s.adapter is not None or call.gain is not None)
 
 
 def _own_rows(call, s) -> Tensor | None:
@@ -86,7 +109,8 @@ def _waist(call, s, stream: int) -> tuple[Tensor, Tensor | None]:
 def _before_the_waist(call, s, stream: int, dh: Tensor, z: Tensor | None, dx: Tensor | None, need):
     """da and dc of one segment; its part of dx is added to dx."""
     dz = dh if z is None else call.activations[s.activation].backward(dh, z)
-    dc = dz.sum(0) if need[2] else None
+    # [M, R] is small, and a chain of M additions in fp32 is off by four steps at 300 rows
+    dc = dz.sum(0, dtype=torch.float64).float() if need[2] else None
     x_hat = call.x
     if not s.dropout:
         if dx is not None:

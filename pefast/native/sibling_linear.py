@@ -1,7 +1,7 @@
 """Frozen layers that read the same x, each with any segments, by csrc/cpu/delta_linear*: one walk over x.
 
-delta_linear's native hand comes here with whatever is more than one plain LoRA: one sibling alone.
-Formula and names: pefast/ops/delta_linear.py.
+delta_linear's native hand comes here with whatever is more than one plain LoRA in bf16: one sibling alone.
+What is in fp32 goes to delta_linear_fp32.py. Formula and names: pefast/ops/delta_linear.py.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pefast.native import WHY_NOT, C, packs, rows_of, through_the_registry
+from pefast.native import delta_linear_fp32 as fp32
 
 _HERE = C is not None and C.delta_linear_here()
 _MASTERS = (torch.float32, torch.bfloat16)
@@ -27,6 +28,8 @@ class Siblings(NamedTuple):
 def refuse(call) -> str:
     """Why csrc cannot run this call, or ""."""
     x, parts = call
+    if x.dtype is torch.float32:
+        return _refuse_fp32(call)
     if not _HERE:
         return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
     for part in parts:
@@ -48,6 +51,15 @@ def refuse(call) -> str:
     return ""
 
 
+def _refuse_fp32(call) -> str:
+    if len({fp32.parts_of(part) for part in call.parts}) > 1:
+        return "takes layers of one compute, here are several"
+    for part in call.parts:
+        if why := fp32.why_not_beside(call.x, part):
+            return why
+    return ""
+
+
 def _refuse_segment(s) -> str:
     if not s.b.shape[1]:
         return "takes a rank of 1 or more, it is 0"
@@ -66,6 +78,10 @@ def _name(dtype: torch.dtype) -> str:
 def decline(call) -> str:
     """Why another hand is faster, or ""."""
     for part in call.parts:
+        if call.x.dtype is torch.float32:
+            if why := fp32.why_slower_beside(call.x, part):
+                return why
+            continue
         w = part.w
         if not isinstance(w, torch.nn.Parameter) and not isinstance(w._base, torch.nn.Parameter):
             return "packs a weight once for many calls, and one is no parameter: it may live for one call"
@@ -78,6 +94,9 @@ def decline(call) -> str:
 def forward(call) -> tuple[list[Tensor], list[Tensor | None]]:
     """y [M, N] of each part; the waist [M, all ranks] before the activations, and u of each or None."""
     x, parts = call
+    if x.dtype is torch.float32:
+        ys, kept = fp32.forward_all(x, parts)
+        return ys, [t for own in kept for t in own]
     keep_u = [part.gain is not None and part.gain.requires_grad for part in parts]
     run = torch.ops.pefast.siblings_forward if through_the_registry(x) else _forward
     made = run(x, *_flat(parts), keep_u)
@@ -88,6 +107,8 @@ def forward(call) -> tuple[list[Tensor], list[Tensor | None]]:
 
 def backward(call, saved, dys, needs):
     """dx of all parts together, and (dw, dbias, dgain, [(da, db, dc, dd, dh)]) of each; None: not needed."""
+    if dys[0].dtype is torch.float32:
+        return _backward_fp32(call, saved, dys, needs)
     (x, parts), (waist, *us) = call, saved
     asked = []
     for need in needs.parts:
@@ -100,6 +121,13 @@ def backward(call, saved, dys, needs):
         dbias, dgain = next(made), next(made)
         gradients.append((None, dbias, dgain, [tuple(next(made) for _ in range(5)) for _ in part.segments]))
     return dx if needs.x else None, gradients
+
+
+def _backward_fp32(call, saved, dys, needs):
+    kept, saved = [], iter(saved)
+    for part in call.parts:
+        kept.append([next(saved) for _ in range(fp32.kept_of(part))])
+    return fp32.backward_all(call.x, call.parts, kept, dys, needs.x, needs.parts)
 
 
 def _flat(parts) -> tuple:

@@ -28,6 +28,7 @@ class Part(NamedTuple):
     bias: Tensor | None = None  # [N]
     gain: Tensor | None = None  # [N]
     seed: Tensor | int | None = None  # of its dropout
+    compute: str | None = None  # as delta_linear's
 
 
 class Call(NamedTuple):
@@ -77,13 +78,13 @@ def prepare(x: Tensor, parts, ids: Tensor | None) -> Call:
     rows = x if x.dim() == 2 else x.detach().reshape(-1, x.shape[-1])
     row_ids = None if ids is None else delta_op._row_ids(ids, x)
     calls, mask = [], None
-    for w, segments, bias, gain, seed in parts:
+    for w, segments, bias, gain, seed, compute in parts:
         dropped = delta_op._check(x, w, segments, ids)
         if dropped:
             seed = dropout_op.draw_seed() if seed is None else dropout_op.as_seed(seed)
             mask = mask or dropout_op.OP.hands[dropout_op.OP.pick(dropout_op.Call(x, 0.5, seed, 0))]
         own = (seed, segments, mask) if dropped else (None, segments, None)
-        calls.append(delta_op.Call(rows, w, bias, gain, row_ids, *own))
+        calls.append(delta_op.Call(rows, w, bias, gain, row_ids, *own, compute))
     return Call(rows, tuple(calls))
 
 
@@ -110,7 +111,7 @@ class _SiblingLinear(torch.autograd.Function):
         ctx.specs = [
             [(s.scale, s.activation, s.dropout, s.adapter) for s in part.segments] for part in call.parts
         ]
-        ctx.masks = [part.mask for part in call.parts]
+        ctx.options = [(part.mask, part.compute) for part in call.parts]
         seeds = [part.seed for part in call.parts]
         ctx.save_for_backward(x, call.parts[0].ids, *seeds, *tensors, *saved)
         return tuple(delta_op.shaped(y, x) for y in ys)
@@ -124,7 +125,7 @@ class _SiblingLinear(torch.autograd.Function):
         seeds, tensors, saved = rest[:count], rest[count : count + ctx.count], rest[count + ctx.count :]
         need, rows = ctx.needs_input_grad[3:], x.reshape(-1, x.shape[-1])
         calls, needs, at = [], [], 0
-        for specs, mask, seed in zip(ctx.specs, ctx.masks, seeds, strict=True):
+        for specs, options, seed in zip(ctx.specs, ctx.options, seeds, strict=True):
             own, wanted = tensors[at : at + 3], need[at : at + 3]
             at += 3
             segments, five = [], []
@@ -133,7 +134,7 @@ class _SiblingLinear(torch.autograd.Function):
                 segments.append(delta_op.Segment(a, b, scale, activation, c, d, rate, adapter, h))
                 five.append(need[at : at + 5])
                 at += 5
-            calls.append(delta_op.Call(rows, *own, ids, seed, segments, mask))
+            calls.append(delta_op.Call(rows, *own, ids, seed, segments, *options))
             needs.append(delta_op.Needs(ctx.needs_input_grad[2], *wanted, five))
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         asked = Needs(ctx.needs_input_grad[2], tuple(needs))

@@ -29,8 +29,13 @@ SHAPES = [
 ALL = Needs(True, False, False, False, ((True, True, False, True, True),))
 
 
-def make_call(shape, dropout=0.0, bias=True, apart=0, form="linear", given=False, compute=None) -> tuple:
-    """A call and a gradient of its result; rows of x and dy have `apart` numbers between them."""
+def make_call(
+    shape, dropout=0.0, bias=True, apart=0, form="linear", given=False, compute=None, gain=False
+) -> tuple:
+    """A call and a gradient of its result; rows of x and dy have `apart` numbers between them.
+
+    A gain trains, and the bias beside it.
+    """
     m, k, n, r = shape
     generator = torch.Generator().manual_seed(m * 7 + k * 3 + n + r)
 
@@ -46,7 +51,10 @@ def make_call(shape, dropout=0.0, bias=True, apart=0, form="linear", given=False
         segment = Segment(None, segment.b, 1.5, d=normal(n), h=normal(m, r))
     x, dy = normal(m, k + apart)[:, :k], normal(m, n + apart)[:, :n]
     seed = torch.tensor([123456789012345])
-    call = Call(x, w, normal(n) if bias else None, None, None, seed, (segment,), None, compute)
+    bias, gain = normal(n) if bias else None, normal(n) if gain else None
+    if gain is not None:
+        gain.requires_grad_(), bias is None or bias.requires_grad_()
+    call = Call(x, w, bias, gain, None, seed, (segment,), None, compute)
     if why := native.why_not(call):
         pytest.skip(why)
     return call, dy
@@ -54,16 +62,16 @@ def make_call(shape, dropout=0.0, bias=True, apart=0, form="linear", given=False
 
 def run(call, dy) -> dict:
     y, saved = native.forward(call)
-    dx, _, _, _, [(da, db, _, dd, dh)] = native.backward(call, saved, dy, needs_of(call))
+    dx, _, dbias, dgain, [(da, db, _, dd, dh)] = native.backward(call, saved, dy, needs_of(call))
     found = {"y": y, "h": saved[0][0], "dx": dx, "da": da, "db": db, "dd": dd, "dh": dh}
-    return {name: t for name, t in found.items() if t is not None}
+    found |= {"dbias": dbias, "dgain": dgain}
+    return {name: t.detach() for name, t in found.items() if t is not None}
 
 
 def needs_of(call) -> Needs:
-    s = call.segments[0]
-    return Needs(
-        True, False, False, False, ((s.a is not None, True, False, s.d is not None, s.h is not None),)
-    )
+    s, train = call.segments[0], call.gain is not None
+    own = (s.a is not None, True, False, s.d is not None, s.h is not None)
+    return Needs(True, False, train and call.bias is not None, train, (own,))
 
 
 def formula(call, dy, dtype, products=None) -> dict:
@@ -74,9 +82,11 @@ def formula(call, dy, dtype, products=None) -> dict:
         return None if t is None else t.detach().to(products or dtype).to(dtype).requires_grad_()
 
     x, w, a, b, d, h = (leaf(t) for t in (call.x, call.w, s.a, s.b, s.d, s.h))
-    bias = None if call.bias is None else call.bias.to(dtype)
-    y = reference(x, w, (s._replace(a=a, b=b, d=d, h=h),), bias, seed=call.seed)
+    bias, gain = (None if t is None else t.detach().to(dtype) for t in (call.bias, call.gain))
     leaves = {"dx": x, "da": a, "db": b, "dd": d, "dh": h}
+    if gain is not None:
+        leaves |= {"dgain": gain.requires_grad_(), "dbias": None if bias is None else bias.requires_grad_()}
+    y = reference(x, w, (s._replace(a=a, b=b, d=d, h=h),), bias, gain, seed=call.seed)
     leaves = {name: t for name, t in leaves.items() if t is not None}
     gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(products or dtype).to(dtype))
     return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
@@ -111,6 +121,43 @@ def test_values_and_gradients(shape, dropout):
 def test_every_form_of_input(options):
     call, dy = make_call((70, 130, 97, 16), 0.0 if "given" in options else 0.05, **options)
     assert_close(run(call, dy), call, dy)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_gain_and_a_bias_that_train(shape):
+    call, dy = make_call(shape, 0.05, gain=True)
+    got = run(call, dy)
+    assert got["dgain"].shape == got["dbias"].shape == call.gain.shape
+    assert_close(got, call, dy)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"given": True}, {"bias": False, "apart": 5}, {"form": "strided"}, {"form": "conv1d"}],
+    ids=str,
+)
+def test_a_gain_with_every_form_of_input(options):
+    call, dy = make_call((70, 130, 97, 16), 0.0 if "given" in options else 0.05, gain=True, **options)
+    assert_close(run(call, dy), call, dy)
+
+
+def test_a_gain_alone():
+    """As (IA)³ has it: nothing beside the frozen layer, and only the gain trains."""
+    call, dy = make_call((530, 96, 70, 3), bias=False, gain=True)
+    call = call._replace(segments=())
+    y, saved = native.forward(call)
+    dx, _, dbias, dgain, deltas = native.backward(call, saved, dy, Needs(True, False, False, True, ()))
+    assert dbias is None and deltas == []
+    got = {"y": y.detach(), "dx": dx, "dgain": dgain}
+    x, gain = call.x, call.gain.detach()
+    for name, f in {
+        "y": lambda t: (x.to(t) @ call.w.to(t).t()) * gain.to(t),
+        "dx": lambda t: (dy.to(t) * gain.to(t)) @ call.w.to(t),
+        "dgain": lambda t: (dy.to(t) * (x.to(t) @ call.w.to(t).t())).sum(0),
+    }.items():
+        assert_no_worse(name, got[name].detach(), f(torch.float32), f(torch.float64))
+    fixed = call._replace(gain=gain)
+    assert torch.equal(native.forward(fixed)[0], got["y"]) and native.forward(fixed)[1] == []
 
 
 @pytest.mark.parametrize("shape", [(64, 384, 384, 16), (33, 65, 63, 8), (530, 1700, 70, 16)], ids=str)
@@ -149,16 +196,17 @@ def test_products_in_bf16_round_nothing_but_the_factors():
     assert_no_worse("y", y, x.float() @ w.float().t(), x.double() @ w.double().t())
 
 
-def test_zero_rows():
-    call, dy = make_call((0, 32, 24, 8), 0.05)
+@pytest.mark.parametrize("gain", [False, True])
+def test_zero_rows(gain):
+    call, dy = make_call((0, 32, 24, 8), 0.05, gain=gain)
     got = run(call, dy)
     assert got["y"].shape == (0, 24) and got["dx"].shape == (0, 32)
-    assert not got["da"].any() and not got["db"].any()
+    assert not any(got[name].any() for name in ("da", "db", *(("dgain", "dbias") if gain else ())))
 
 
-@pytest.mark.parametrize("fault", ["scale", "rank", "column", "element", "mask", "bf16"])
+@pytest.mark.parametrize("fault", ["scale", "rank", "column", "element", "mask", "bf16", "gain", "sum"])
 def test_the_measure_finds_planted_faults(fault):
-    call, dy = make_call((64, 128, 96, 8), 0.5)
+    call, dy = make_call((64, 128, 96, 8), 0.5, gain=True)
     s = call.segments[0]
     wrong = {
         "scale": s._replace(scale=s.scale * 1.00001),
@@ -166,9 +214,13 @@ def test_the_measure_finds_planted_faults(fault):
         "column": s._replace(a=s.a * (torch.arange(128) < 127)),
     }.get(fault, s)
     other = call._replace(segments=(wrong,), seed=call.seed + (fault == "mask"))
+    if fault == "gain":
+        other = other._replace(gain=(call.gain * 1.00001).detach().requires_grad_())
     got = run(other._replace(compute="bf16" if fault == "bf16" else None), dy)
     if fault == "element":
         got["dx"][5, 7] += 1e-4
+    if fault == "sum":
+        got["dgain"] -= 1e-5 * dy[-1]
     with pytest.raises(AssertionError):
         assert_close(got, call, dy)
 
@@ -178,7 +230,7 @@ def test_the_measure_finds_planted_faults(fault):
     "shape", [(1, 33, 40, 3), (64, 384, 384, 16), (700, 96, 1730, 24), (1100, 600, 64, 4)], ids=str
 )
 def test_same_bits_every_run_and_for_any_number_of_threads(shape, compute):
-    call, dy = make_call(shape, 0.05, compute=compute)
+    call, dy = make_call(shape, 0.05, compute=compute, gain=True)
     one_lora.assert_same_bits(lambda: run(call, dy))
 
 
@@ -232,7 +284,8 @@ def test_refusals_are_words():
     s = call.segments[0]
     cases = {
         "float32": call._replace(w=call.w.bfloat16()),
-        "gain": call._replace(gain=torch.ones(24)),
+        "a gain in float32": call._replace(gain=torch.ones(24).double()),
+        "a bias in float32": call._replace(bias=torch.ones(24).bfloat16()),
         "frozen": call._replace(w=torch.nn.Parameter(call.w)),
         "a, b, c, d and h in float32": call._replace(segments=(s._replace(a=s.a.double()),)),
     }
@@ -258,11 +311,13 @@ def test_through_autograd_and_any_leading_dimensions():
 def test_the_operators_pass_opcheck():
     for given in (False, True):
         call, dy = make_call((9, 33, 20, 3), 0.0 if given else 0.05, given=given)
-        s = call.segments[0]
-        waist = (s.a, s.b, s.h, s.scale, s.dropout, call.seed if s.dropout else None, 3)
-        torch.library.opcheck(torch.ops.pefast.delta_linear_fp32.default, (call.x, call.w, call.bias, *waist))
-        h = native.forward(call)[1][0][0]
-        waist = (s.a, s.b, h, *waist[3:])
-        asked = (True, given, not given, True)
-        inputs = (dy, call.x, call.w, *waist, *asked)
+        s, gain = call.segments[0], torch.rand(20)
+        waist = ([s.scale] * 2, [s.dropout] * 2, [call.seed if s.dropout else None] * 2)
+        # two layers that read x, the first with a gain
+        shared = ([call.w] * 2, [gain, None], [call.bias] * 2, [s.a] * 2, [s.b] * 2)
+        inputs = (call.x, *shared, [s.h] * 2, *waist, [True, False], 3)
+        torch.library.opcheck(torch.ops.pefast.delta_linear_fp32.default, inputs)
+        *_, u, _, h, _ = torch.ops.pefast.delta_linear_fp32(*inputs)
+        asked = [given, not given, True, True, True, given, not given, True, False, False]
+        inputs = ([dy] * 2, call.x, *shared, [s.h if given else h] * 2, *waist, [u, None], 3, True, asked)
         torch.library.opcheck(torch.ops.pefast.delta_linear_fp32_backward.default, inputs)

@@ -52,8 +52,8 @@ def made(name):
     return normal(M, K), w, normal(N), normal(M, N), CASES[name]()
 
 
-def results(function, x, w, bias, dy, segments, wanted=None):
-    """y and the gradients of x and every tensor of the segments that are wanted, by name."""
+def results(function, x, w, bias, dy, segments, wanted=None, gain=None):
+    """y and the gradients of x, gain and every tensor of the segments that are wanted, by name."""
     x, leaves, own = x.detach().clone().requires_grad_(), {}, []
     for i, s in enumerate(segments):
         tensors = {name: getattr(s, name) for name in "abcdh" if getattr(s, name) is not None}
@@ -61,44 +61,48 @@ def results(function, x, w, bias, dy, segments, wanted=None):
         leaves |= {f"d{name}{i}": t for name, t in tensors.items()}
         own.append(s._replace(**tensors))
     leaves = {"dx": x, **leaves}
-    y = function(x, w, own, bias)
+    if gain is not None:
+        leaves["dgain"] = gain = gain.detach().clone().requires_grad_()
+    y = function(x, w, own, bias) if gain is None else function(x, w, own, bias, gain)
     leaves = {name: t for name, t in leaves.items() if wanted is None or name in wanted}
     return {"y": y.detach()} | dict(
         zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True)
     )
 
 
-def run(case, compute=None, wanted=None, seed=SEED):
-    def by_hand(x, w, segments, bias):
-        return delta_linear(
-            x, w, segments, bias, ids=IDS, seed=torch.tensor([seed]), compute=compute, backend="native"
-        )
+def run(case, compute=None, wanted=None, seed=SEED, gain=None):
+    def by_hand(x, w, segments, bias, gain=None):
+        options = {"seed": torch.tensor([seed]), "compute": compute, "backend": "native"}
+        return delta_linear(x, w, segments, bias, gain, IDS, **options)
 
-    return results(by_hand, *case, wanted)
+    return results(by_hand, *case, wanted, gain)
 
 
-def assert_close(got, case):
+def assert_close(got, case, gain=None):
     """Held to PyTorch's own error in fp32."""
 
-    def formula(x, w, segments, bias):
-        return reference(x, w, segments, bias, ids=IDS, seed=SEED)
+    def formula(x, w, segments, bias, gain=None):
+        return reference(x, w, segments, bias, gain, IDS, SEED)
 
     x, w, bias, dy, segments = case
     wide = [
         s._replace(**{n: getattr(s, n).double() for n in "abcdh" if getattr(s, n) is not None})
         for s in segments
     ]
-    near = results(formula, *case)
-    exact = results(formula, x.double(), w.detach().double(), bias.double(), dy.double(), wide)
+    near = results(formula, *case, gain=gain)
+    wide = (x.double(), w.detach().double(), bias.double(), dy.double(), wide)
+    exact = results(formula, *wide, gain=None if gain is None else gain.double())
     assert set(got) == set(exact)
     for name in exact:
         assert_no_worse(name, got[name], near[name], exact[name])
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name):
+@pytest.mark.parametrize("under", ["plain", "gain"])
+def test_values_and_gradients(name, under):
     case = made(name)
-    assert_close(run(case), case)
+    gain = normal(N) if under == "gain" else None
+    assert_close(run(case, gain=gain), case, gain)
 
 
 @pytest.mark.parametrize("fault", ["mask", "scale", "rows", "activation", "bias"])

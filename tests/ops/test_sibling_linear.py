@@ -87,10 +87,11 @@ def test_results_and_gradients(backend, shape, dtype):
             assert_no_worse(name, got[name], near[name], exact[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", OP.backends)
-def test_as_each_layer_alone(backend):
+def test_as_each_layer_alone(backend, dtype):
     """The same results, bit for bit, and the same gradients of the parts, as by calls of delta_linear."""
-    x, parts, ids, dys = inputs((300, 96), torch.bfloat16)
+    x, parts, ids, dys = inputs((300, 96), dtype)
     skip_where_refused(backend, x, parts, ids)
 
     def alone(x, parts, ids, backend):
@@ -98,33 +99,54 @@ def test_as_each_layer_alone(backend):
             delta_linear(x, p.w, p.segments, p.bias, p.gain, ids, seed=p.seed, backend=backend) for p in parts
         ]
 
-    together, apart = (
-        run(f, x, parts, ids, dys, torch.bfloat16, backend=backend) for f in (sibling_linear, alone)
-    )
+    together, apart = (run(f, x, parts, ids, dys, dtype, backend=backend) for f in (sibling_linear, alone))
     for name in together:
         # dx is rounded once instead of three times
         if name != "dx":
             assert torch.equal(together[name], apart[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", OP.backends)
-def test_same_bits_for_any_number_of_threads(backend):
-    given = inputs((700, 96), torch.bfloat16)
+def test_same_bits_for_any_number_of_threads(backend, dtype):
+    given = inputs((700, 96), dtype)
     skip_where_refused(backend, *given[:3])
     before = torch.get_num_threads()
     try:
         runs = []
         for threads in (1, 2, 3, 5) if backend == "native" else (1, 1):
             torch.set_num_threads(threads)
-            runs.append(run(sibling_linear, *given, torch.bfloat16, backend=backend))
+            runs.append(run(sibling_linear, *given, dtype, backend=backend))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one[name], runs[0][name]) for one in runs for name in one)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", OP.backends)
+def test_rows_that_lie_apart_and_weights_that_lie_otherwise(backend, dtype):
+    x, parts, ids, dys = inputs((45, 70), dtype)
+
+    def apart(t):
+        return torch.cat([t, t], 1)[:, : t.shape[1]]
+
+    def upright(w):
+        return torch.nn.Parameter(w.detach().t().contiguous(), requires_grad=False).t()
+
+    x, dys = apart(x), [apart(dys[0]), dys[1], dys[2].t().contiguous().t()]
+    parts = (parts[0]._replace(w=upright(parts[0].w)), *parts[1:])
+    skip_where_refused(backend, x, parts, ids)
+    got = run(sibling_linear, x, parts, ids, dys, dtype, backend=backend)
+    near, exact = (run(reference, x, parts, ids, dys, at) for at in (dtype, torch.float64))
+    for name in exact:
+        assert_no_worse(name, got[name], near[name], exact[name])
+
+
+@pytest.mark.parametrize("backend", OP.backends)
 @pytest.mark.parametrize("fault", ["order", "seed", "one forgotten"])
-def test_planted_faults_are_caught(fault):
+def test_planted_faults_are_caught(fault, backend):
     x, parts, ids, dys = inputs((64, 64), torch.float32)
+    skip_where_refused(backend, x, parts, ids)
     exact, near = (run(reference, x, parts, ids, dys, at) for at in (torch.float64, torch.float32))
 
     def wrong(x, parts, ids):
@@ -134,7 +156,7 @@ def test_planted_faults_are_caught(fault):
             parts = [parts[0]._replace(seed=12), *parts[1:]]
         if fault == "one forgotten":
             parts = [parts[0], parts[1], parts[2]._replace(w=parts[2].w.detach() * 0 + 1)]
-        return sibling_linear(x, parts, ids)
+        return sibling_linear(x, parts, ids, backend=backend)
 
     got = run(wrong, x, parts, ids, dys, torch.float32)
     with pytest.raises(AssertionError, match="error"):
@@ -186,6 +208,21 @@ def test_too_wide_together_is_left_to_each_alone():
     native = OP.hands["native"]
     assert native.decline(prepare(x, parts, ids)) == ""
     assert "2651 columns" in native.decline(prepare(x, (*parts, wide), ids))
+
+
+def test_fp32_products_in_bf16_where_every_layer_allows_it():
+    x, parts, ids, dys = inputs((64, 64), torch.float32)
+    fast = [part._replace(compute="bf16") for part in parts]
+    skip_where_refused("native", x, fast, ids)
+    got, whole = (
+        run(sibling_linear, x, own, ids, dys, torch.float32, backend="native") for own in (fast, parts)
+    )
+    for name, right in whole.items():
+        difference = (got[name] - right).abs().max() / right.abs().max()
+        assert got[name].dtype == torch.float32 and difference < 0.03, name
+    assert not torch.equal(got["dx"], whole["dx"]), "the products were not in bf16"
+    mixed = prepare(x, (fast[0], *parts[1:]), ids)
+    assert "one compute" in OP.why_not("native", mixed) and OP.pick(mixed) == "eager"
 
 
 @pytest.mark.parametrize("backend", OP.backends)

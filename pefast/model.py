@@ -263,7 +263,8 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
     Raises ValueError for a name that is not attached, for adapters with a method that is one for the whole
     batch, or while the model is merged. Heads may differ in their number of labels: a row's missing logits
-    are -inf. A backward may come after the context, under gradient checkpointing too.
+    are -inf. In a beam search a row's name comes once for each of its beams, side by side. A backward may
+    come after the context, under gradient checkpointing too.
     """
     state = attached(model, "route")
     used = tuple(dict.fromkeys(each for each in names if each is not None))

@@ -18,16 +18,22 @@ from .launch import INTERPRETED, checked, through_the_registry, why_not_here
 def keep_tile(row, first, threshold, seed, stream, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which elements of a tile stay [BLOCK_M, BLOCK_N]; `first`, its first column, is a multiple of 128.
 
-    Or of 64, where BLOCK_N is 64: then half of the numbers are made for nothing.
+    Or of BLOCK_N where that is 64, 32 or 16: then a half, or three quarters, of the numbers are made for
+    nothing.
     """
-    BLOCK_C: tl.constexpr = 16 if BLOCK_N == 64 else BLOCK_N // 8
+    BLOCK_C: tl.constexpr = BLOCK_N // 2 if BLOCK_N <= 32 else 16 if BLOCK_N == 64 else BLOCK_N // 8
     counter = first // 128 * 16 + tl.arange(0, BLOCK_C)
+    if BLOCK_N < 32:
+        counter += first % 32 // 2
     c0 = counter.to(tl.uint32)[None, :]
     c1 = row.to(tl.uint32)[:, None]
     word_0, word_1, word_2, word_3 = tl.philox(seed, c0, c1, stream, 0)  # [BLOCK_M, BLOCK_C] each
 
     # from (128 columns, lane, word) to the order of the columns: (128 columns, word, lane)
-    if BLOCK_N == 64:
+    if BLOCK_N <= 32:
+        part = first % 128 // 32
+        words = tl.where(part < 2, tl.where(part == 0, word_0, word_1), tl.where(part == 2, word_2, word_3))
+    elif BLOCK_N == 64:
         right = first % 128 >= 64
         words = tl.join(tl.where(right, word_2, word_0), tl.where(right, word_3, word_1))
         words = tl.reshape(tl.permute(words, (0, 2, 1)), (BLOCK_M, BLOCK_N // 2))

@@ -1,7 +1,8 @@
 """prefix_attention in Triton: refusals and launches. Formula: pefast/ops/prefix_attention.py.
 
 The kernels are in prefix_attention_tiles.py. Forward keeps o and of each row the logarithm of its sum of
-powers. The gradient of a shared prefix is left in one part for each row of the batch and added in its order.
+powers, in fp32 two numbers. The gradient of a shared prefix is left in one part for each row of the batch and
+added in its order.
 Not yet run or timed on a GPU: tests/ladder says what was shown without one, and runs there too.
 """
 
@@ -39,7 +40,10 @@ def decline(call) -> str:
 
 
 def forward(call) -> tuple[Tensor, Tensor]:
-    """o [B, H, L, D] and, for backward, the logarithm in base 2 of each row's sum of powers [B, H, L]."""
+    """o [B, H, L, D] and, for backward, the logarithm in base 2 of each row's sum of powers [B, H, L].
+
+    In fp32 that is two numbers [B, H, L, 2]: the row's largest power, and one over its sum of weights.
+    """
     run = torch.ops.pefast.prefix_attention_triton if through_the_registry(call.q) else _forward
     return run(*call[:10])
 
@@ -54,7 +58,7 @@ def backward(call, o: Tensor, lse: Tensor, do: Tensor, needs) -> tuple[Tensor | 
 def _forward(q, k, v, prefix_k, prefix_v, mask, causal, scale, p, seed):
     (b, h, l, d), keys = q.shape, k.shape[2] + (0 if prefix_k is None else prefix_k.shape[-2])
     # heads side by side, as the next layer wants them
-    o, lse = q.new_empty(b, l, h, d).transpose(1, 2), q.new_empty((b, h, l), dtype=torch.float32)
+    o, lse = q.new_empty(b, l, h, d).transpose(1, 2), _sums(q)
     if not q.numel() or not keys:
         return o.zero_(), lse.zero_()
     tensors = _plain(q, k, v, prefix_k, prefix_v)
@@ -82,7 +86,7 @@ def _backward(do, o, lse, q, k, v, prefix_k, prefix_v, mask, causal, scale, p, s
     mask, mask_strides = _mask(mask, b, l, p > 0)
     do = do if do.stride(-1) == 1 else do.contiguous()
     o = o if o.stride(-1) == 1 else o.contiguous()
-    dots = torch.empty_like(lse)
+    dots = q.new_empty((b, h, l), dtype=torch.float32)
     block, by_keys = tiles.attention(q.dtype, d, p > 0, 1), tiles.attention_keys(q.dtype, d, p > 0)
     settings = (scale, *_numbers(p, seed))
     sizes, strides = _sizes(*tensors), _strides(*tensors)
@@ -97,6 +101,11 @@ def _backward(do, o, lse, q, k, v, prefix_k, prefix_v, mask, causal, scale, p, s
             *do.stride()[:3], *settings, **flags, **by_keys,
         )  # fmt: skip
     return dq, dk, dv, _of_prefix(parts[0], prefix_k), _of_prefix(parts[1], prefix_v)
+
+
+def _sums(q: Tensor) -> Tensor:
+    """Room for what forward keeps of each row beside o."""
+    return q.new_empty((*q.shape[:3], *[2] * (q.dtype == torch.float32)), dtype=torch.float32)
 
 
 def _of_prefix(part: Tensor, prefix: Tensor | None) -> Tensor:
@@ -169,7 +178,7 @@ for _device in ("CUDA", "CPU"):
 @torch.library.register_fake("pefast::prefix_attention_triton", lib=_LIBRARY)
 def _(q, k, v, prefix_k, prefix_v, mask, causal, scale, p, seed):
     b, h, l, d = q.shape
-    return q.new_empty(b, l, h, d).transpose(1, 2), q.new_empty((b, h, l), dtype=torch.float32)
+    return q.new_empty(b, l, h, d).transpose(1, 2), _sums(q)
 
 
 @torch.library.register_fake("pefast::prefix_attention_triton_backward", lib=_LIBRARY)

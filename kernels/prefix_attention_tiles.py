@@ -6,9 +6,13 @@
 
 Keys are counted through prefix and sequence as one: a tile's rows are addresses in either, so nothing is
 concatenated and a tile may hold both. Weights are made again on the way back; no atomics.
+
+In fp32 a row keeps its largest score and one over its weights' sum: taking a logarithm of 10 from a score
+would round every weight by 3e-7. Scores stay natural until the largest is taken from them.
 """
 
 from . import tl, triton
+from .delta_linear_products import plus
 from .dropout import keep_tile
 
 _RUN_TIME = ["L", "S", "P", "seed", "threshold"]
@@ -44,15 +48,38 @@ def _visible(mask_ptr, row, key, L, S, P, stride_ml, stride_ms, CAUSAL: tl.const
 
 @triton.jit
 def _powers(left, right, see, scale, PRECISION: tl.constexpr):
-    """scale · left rightᵀ · log2 e, -inf where unseen."""
-    x = tl.dot(left, tl.trans(right), input_precision=PRECISION) * (scale * 1.4426950408889634)
+    """scale · left rightᵀ, -inf where unseen; times log2 e but in fp32."""
+    if left.dtype != tl.float32:
+        scale *= 1.4426950408889634
+    x = tl.dot(left, tl.trans(right), input_precision=PRECISION) * scale
     return tl.where(see, x, float("-inf"))
 
 
 @triton.jit
-def _weights(x, lse):
+def _raised(x, NATURAL: tl.constexpr):
+    """e^x where NATURAL, otherwise 2^x."""
+    if NATURAL:
+        # log2 e in two parts: the rounding of one counts once for each unit of x
+        x = x * 1.4426950216293335 + x * 1.9259629911266175e-8
+    return tl.exp2(x)
+
+
+@triton.jit
+def _sums(lse_ptr, row, mask_l, APART: tl.constexpr):
+    """Of each row what is taken from its powers, and what its weights are multiplied with."""
+    if APART:
+        base = tl.load(lse_ptr + 2 * row, mask_l, other=0.0)
+        share = tl.load(lse_ptr + 2 * row + 1, mask_l, other=0.0)
+    else:
+        base = tl.load(lse_ptr + row, mask_l, other=0.0)
+        share = tl.full(row.shape, 1.0, tl.float32)
+    return base, share
+
+
+@triton.jit
+def _weights(x, base, share, NATURAL: tl.constexpr):
     """exp of x over its row's sum; 0 where x is -inf, also in a row that sees nothing."""
-    return tl.where(x == float("-inf"), 0.0, tl.exp2(x - lse))
+    return tl.where(x == float("-inf"), 0.0, _raised(x - base, NATURAL)) * share
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -64,7 +91,7 @@ def attend(
     pv_ptr,
     mask_ptr,  # [B, L, S]  integers, or None
     o_ptr,  # [B, H, L, D]
-    lse_ptr,  # [B, H, L]  fp32
+    lse_ptr,  # [B, H, L]  fp32; of fp32 [B, H, L, 2]
     H,
     G,
     L,
@@ -91,6 +118,7 @@ def attend(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries' o."""
+    FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     tiles = tl.cdiv(L, BLOCK_L)
     first = tl.program_id(0) % tiles * BLOCK_L
     h = tl.program_id(0) // tiles % H
@@ -133,20 +161,24 @@ def attend(
         higher = tl.maximum(top, tl.max(x, 1))
         # a row that has seen nothing yet has no largest power; 0 is as good
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        w = tl.exp2(x - base[:, None])
-        shrink = tl.exp2(top - base)
+        w = _raised(x - base[:, None], FP32)
+        shrink = _raised(top - base, FP32)
         total = total * shrink + tl.sum(w, 1)
         if DROPOUT:
             w = tl.where(keep_tile(row, c, threshold, seed, 0, BLOCK_L, BLOCK_C), w * keep_scale, 0.0)
-        o = tl.dot(w.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
+        o = plus(o * shrink[:, None], w.to(v.dtype), v, PRECISION)
         top = higher
 
     seen = total > 0
     o = o / tl.where(seen, total, 1.0)[:, None]
     near = offs_l[:, None].to(tl.int64) * stride_ol + offs_d[None, :]
     tl.store(o_ptr + b * stride_ob + h * stride_oh + near, o.to(o_ptr.dtype.element_ty), mask_l & mask_d)
-    lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), 0.0)
-    tl.store(lse_ptr + row, lse, offs_l < L)
+    if FP32:
+        tl.store(lse_ptr + 2 * row, tl.where(seen, top, 0.0), offs_l < L)
+        tl.store(lse_ptr + 2 * row + 1, tl.where(seen, 1.0 / tl.where(seen, total, 1.0), 0.0), offs_l < L)
+    else:
+        lse = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), 0.0)
+        tl.store(lse_ptr + row, lse, offs_l < L)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME)
@@ -159,7 +191,7 @@ def towards_q(
     mask_ptr,  # [B, L, S]  integers, or None
     o_ptr,  # [B, H, L, D]
     do_ptr,
-    lse_ptr,  # [B, H, L]  fp32
+    lse_ptr,  # [B, H, L]  fp32; of fp32 [B, H, L, 2]
     dot_ptr,  # [B, H, L]  fp32, Σ_d do ⊙ o
     dq_ptr,  # [B, H, L, D]  contiguous
     H,
@@ -189,6 +221,7 @@ def towards_q(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries' dq."""
+    FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     tiles = tl.cdiv(L, BLOCK_L)
     first = tl.program_id(0) % tiles * BLOCK_L
     h = tl.program_id(0) // tiles % H
@@ -206,8 +239,12 @@ def towards_q(
     if mask_ptr is not None:
         mask_ptr += b * stride_mb
     row = (b * H + h) * L + offs_l
-    lse = tl.load(lse_ptr + row, offs_l < L, other=0.0)
-    dot = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    base, share = _sums(lse_ptr, row, offs_l < L, FP32)
+    products = o.to(tl.float32) * do.to(tl.float32)
+    if FP32:
+        # or each lane's product joins the sum unrounded, and lanes of one row get sums that differ in a bit
+        products = tl.where(mask, products, 0.0)
+    dot = tl.sum(products, 1)
     tl.store(dot_ptr + row, dot, offs_l < L)
 
     dq = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
@@ -230,12 +267,13 @@ def towards_q(
             other=0.0,
         )
         see = _visible(mask_ptr, offs_l[:, None], offs_c[None, :], L, S, P, stride_ml, stride_ms, CAUSAL)
-        w = _weights(_powers(q, k, see, scale, PRECISION), lse[:, None])
+        x = _powers(q, k, see, scale, PRECISION)
+        w = _weights(x, base[:, None], share[:, None], FP32)
         dw = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if DROPOUT:
             dw = tl.where(keep_tile(row, c, threshold, seed, 0, BLOCK_L, BLOCK_C), dw * keep_scale, 0.0)
         dx = w * (dw - dot[:, None])
-        dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = plus(dq, dx.to(k.dtype), k, PRECISION)
     tl.store(dq_ptr + row[:, None] * D + offs_d[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask)
 
 
@@ -248,7 +286,7 @@ def towards_keys(
     pv_ptr,
     mask_ptr,  # [B, L, S]  integers, or None
     do_ptr,  # [B, H, L, D]
-    lse_ptr,  # [B, H, L]  fp32
+    lse_ptr,  # [B, H, L]  fp32; of fp32 [B, H, L, 2]
     dot_ptr,  # [B, H, L]  fp32
     dk_ptr,  # [B, G, S, D]  contiguous
     dv_ptr,
@@ -280,6 +318,7 @@ def towards_keys(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys' dk and dv: the queries of every head that reads them, in their order."""
+    FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     tiles = tl.cdiv(P + S, BLOCK_C)
     first = tl.program_id(0) % tiles * BLOCK_C
     g = tl.program_id(0) // tiles % G
@@ -324,20 +363,21 @@ def towards_keys(
             q = tl.load(q_first + wide * stride_ql + offs_d[None, :], mask, other=0.0)
             do = tl.load(do_first + wide * stride_dl + offs_d[None, :], mask, other=0.0)
             row = (b * H + h) * L + offs_l
-            lse = tl.load(lse_ptr + row, offs_l < L, other=0.0)
+            base, share = _sums(lse_ptr, row, offs_l < L, FP32)
             dot = tl.load(dot_ptr + row, offs_l < L, other=0.0)
             # keys stand upright, as in dk and dv: the warps share out their rows
             see = _visible(mask_ptr, offs_l[None, :], offs_c[:, None], L, S, P, stride_ml, stride_ms, CAUSAL)
-            w = _weights(_powers(k, q, see, scale, PRECISION), lse[None, :])  # [BLOCK_C, BLOCK_L]
+            x = _powers(k, q, see, scale, PRECISION)  # [BLOCK_C, BLOCK_L]
+            w = _weights(x, base[None, :], share[None, :], FP32)
             dw = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             dropped_w = w
             if DROPOUT:
                 keep = tl.trans(keep_tile(row, first, threshold, seed, 0, BLOCK_L, BLOCK_C))
                 dw = tl.where(keep, dw * keep_scale, 0.0)
                 dropped_w = tl.where(keep, w * keep_scale, 0.0)
-            dv = tl.dot(dropped_w.to(do.dtype), do, dv, input_precision=PRECISION)
+            dv = plus(dv, dropped_w.to(do.dtype), do, PRECISION)
             dx = w * (dw - dot[None, :])
-            dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = plus(dk, dx.to(q.dtype), q, PRECISION)
 
     dk *= scale
     of_prefix = (offs_c < P)[:, None] & mask_d

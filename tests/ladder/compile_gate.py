@@ -100,7 +100,7 @@ class Made(NamedTuple):
 @contextlib.contextmanager
 def compiling_for(target: str):
     """Inside, a launch compiles for the target and launches nothing. Yields the list of what was compiled."""
-    compiled, run, active = [], JITFunction.run, driver._active
+    compiled, run, active, hip = [], JITFunction.run, driver._active, torch.version.hip
 
     def only_compile(self, *args, grid, warmup, **settings):
         # kernels are kept by device number, and device 0 was another target a moment ago
@@ -109,12 +109,14 @@ def compiling_for(target: str):
         return compiled[-1]
 
     driver.set_active(Gpu(TARGETS[target]))
+    # as PyTorch's build for such a GPU has it
+    torch.version.hip = "7.0" if TARGETS[target].backend == "hip" else None
     JITFunction.run = only_compile
     try:
         yield compiled
     finally:
         JITFunction.run = run
-        driver._active = active
+        driver._active, torch.version.hip = active, hip
 
 
 def read(kernel) -> Made:
@@ -156,10 +158,12 @@ def launches(full: bool):
         ]
         others = [(dtype, 4096, 16, case) for dtype in (torch.float16, torch.float32) for case in kinds]
         cases = [*wide, *others, (torch.float32, 4096, 64, "dropped")]
+    every = [(dtype, wide) for dtype in (bf16, torch.float32) for wide in (64, 128)]
     for causal, dropped in ((True, False), (False, True), *([(True, True)] if full else [])):
-        for wide in (64, 128) if full else (64,):
-            name = f"attention D={wide} {'causal' if causal else 'masked'}{' dropped' if dropped else ''}"
-            yield name, True, lambda c=(wide, causal, dropped): _attention(*c)
+        for dtype, wide in every if full else [(bf16, 64), (torch.float32, 64 if causal else 128)]:
+            form = f"D={wide} {'causal' if causal else 'masked'}{' dropped' if dropped else ''}"
+            name = f"attention {'' if dtype == bf16 else 'float32 '}{form}"
+            yield name, dtype == bf16, lambda c=(dtype, wide, causal, dropped): _attention(*c)
     for dtype, rows, rank, case in cases:
         name = f"{case} {str(dtype)[6:]} M={rows} R={rank}"
         yield name, dtype != torch.float32, lambda c=(dtype, rows, rank, case): _linear(*c)
@@ -226,10 +230,10 @@ def _partial(dtype, kind):
     hand.chosen_gradient(dy, x, Index(kind, at, tile))
 
 
-def _attention(d, causal, dropped):
+def _attention(dtype, d, causal, dropped):
     """Forward and backward of 2048 keys behind a prefix of 32, 8 queries for each key head."""
-    q, k = _meta(2, 32, 2048, d, dtype=torch.bfloat16), _meta(2, 4, 2048, d, dtype=torch.bfloat16)
-    prefix, mask = _meta(4, 32, d, dtype=torch.bfloat16), _meta(2, 1, 1, 2048, dtype=torch.bool)
+    q, k = _meta(2, 32, 2048, d, dtype=dtype), _meta(2, 4, 2048, d, dtype=dtype)
+    prefix, mask = _meta(4, 32, d, dtype=dtype), _meta(2, 1, 1, 2048, dtype=torch.bool)
     call = AttentionCall(
         q, k, k, prefix, prefix, None if causal else mask, causal, 0.125, 0.1 * dropped, SEED, None
     )

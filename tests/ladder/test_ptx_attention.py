@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
+from planted_faults import mutant
 from prefix_attention_check import CASES, FORMS, check, make_inputs
-from ptx import on_ptx
+from ptx import PtxError, on_ptx
 from ptx_rung import FULL, TARGETS, rung
 
 from pefast.ops import OPS
@@ -23,6 +24,8 @@ REPRESENTATIVE = [
     ("sm80", "no prefix", "plain", FP16),
     ("sm80", "ragged", "everything", FP32),
     ("sm80", "wide head", "everything", BF16),  # half a block of the mask at a time
+    ("sm90", "wide head", "everything", FP32),
+    ("sm80", "narrow and long", "causal", FP32),  # one number a lane, 65 sums one after the other
 ]
 EVERY = list(itertools.product(TARGETS, CASES, FORMS, (BF16, FP16, FP32)))
 
@@ -34,6 +37,29 @@ def test_forward_and_gradients(nan_filled_empty, target, case, form, dtype):
         check(hand, make_inputs(case, dtype), "cpu", **FORMS[form](b, l, s))
     names = [launch.name for launch in launched]
     assert names == ["attend", "towards_q", "towards_keys"] * (b > 0)
+
+
+# name: (what finds it, the line, the line with its fault)
+FAULTS = {
+    "lanes of a row with sums of their own": (
+        "race: lanes store different values",
+        "products = tl.where(mask, products, 0.0)",
+        "products = products",
+    ),
+    "one chain of all keys": (
+        "o: largest error",
+        "o = plus(o * shrink[:, None], w.to(v.dtype), v, PRECISION)",
+        "o = tl.dot(w.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_fp32_is_found(tmp_path, monkeypatch, name):
+    finder, line, fault = FAULTS[name]
+    monkeypatch.setattr(hand, "kernels", mutant(hand.kernels, tmp_path, line, fault))
+    with on_ptx("sm80"), pytest.raises((PtxError, AssertionError), match=finder):
+        check(hand, make_inputs("narrow and long", FP32), "cpu", causal=True)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)

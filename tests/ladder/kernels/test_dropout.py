@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from pefast.kernels import tl, triton
+from pefast.kernels.dropout import keep_tile, mask_numbers
+from planted_faults import mutant
 
 from pefast.ops.dropout import OP, keep_mask, reference
 from pefast.testing import assert_no_worse
@@ -18,6 +21,39 @@ def test_the_mask_is_the_formulas_bit_for_bit(device, seed, p):
     x = torch.ones(11, 387)
     y = hand.forward(x.to(device), p, torch.tensor([seed]), 3)
     assert torch.equal(y.cpu() != 0, keep_mask(11, 387, p, seed, 3))
+
+
+@triton.jit
+def _mask(y_ptr, columns, threshold, seed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEEP: tl.constexpr):
+    first, row = tl.program_id(0) * BLOCK_N, tl.arange(0, BLOCK_M)
+    keep = KEEP(row, first, threshold, seed, 3, BLOCK_M, BLOCK_N)
+    tl.store(y_ptr + row[:, None] * columns + first + tl.arange(0, BLOCK_N)[None, :], keep)
+
+
+def mask_in_tiles(device, width, keep_tile):
+    """The mask [16, 512], made in tiles of some columns."""
+    y, (threshold, _) = torch.empty(16, 512, dtype=torch.bool, device=device), mask_numbers(0.3)
+    _mask[(512 // width,)](y, 512, threshold, 2**40 + 1, 16, width, keep_tile)
+    return y.cpu()
+
+
+@pytest.mark.parametrize("width", [16, 32, 64, 128, 256])
+def test_a_tile_of_any_width_has_the_same_mask(device, width):
+    assert torch.equal(mask_in_tiles(device, width, keep_tile), keep_mask(16, 512, 0.3, 2**40 + 1, 3))
+
+
+@pytest.mark.parametrize(
+    ("width", "line", "fault"),
+    [
+        (16, "counter += first % 32 // 2", "counter += 0"),
+        (32, "tl.where(part == 0, word_0, word_1)", "tl.where(part == 0, word_1, word_0)"),
+        (32, "part = first % 128 // 32", "part = first % 128 // 64"),
+        (64, "right = first % 128 >= 64", "right = first % 128 >= 128"),
+    ],
+)
+def test_a_fault_in_a_narrow_tile_is_found(device, tmp_path, width, line, fault):
+    changed = mutant(hand, tmp_path, line, fault).keep_tile
+    assert not torch.equal(mask_in_tiles(device, width, changed), keep_mask(16, 512, 0.3, 2**40 + 1, 3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

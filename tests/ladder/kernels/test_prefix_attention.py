@@ -103,8 +103,8 @@ def test_a_fault_is_found(device, tmp_path, monkeypatch, name):
     finder, line, fault = FAULTS[name]
     monkeypatch.setattr(hand, "kernels", mutant(hand.kernels, tmp_path, line, fault))
     # more keys than a tile has, so that sums are carried on
-    inputs = make_inputs("grouped and long", torch.float32)
+    inputs = make_inputs("three tiles", torch.float32)
     with pytest.raises((interpreter.InterpreterError, AssertionError)) as found:
-        check(hand, inputs, device, **everything(2, 20, 140))
+        check(hand, inputs, device, **everything(2, 20, 60))
     words = str(found.value.__cause__ if found.type is interpreter.InterpreterError else "numbers")
     assert finder in words

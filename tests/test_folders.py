@@ -47,6 +47,13 @@ def test_what_they_share_is_stored_once(tmp_path):
     assert "prompt_embeddings" in load_file(pefast.save(tasks(), tmp_path / "one", name="topics") / TENSORS)
 
 
+def test_the_same_adapters_are_the_same_bytes(tmp_path):
+    model, names = tasks(), ["films", "spam", "alone"]
+    folders = [pefast.save(model, tmp_path / str(i), name=names) for i in range(4)]
+    files = [{p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in folders]
+    assert all(one == files[0] for one in files)
+
+
 def test_a_folder_of_several_is_replaced_whole(tmp_path):
     model = tasks()
     pefast.save(model, tmp_path / "all", name=["films", "topics"])

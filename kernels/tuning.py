@@ -79,7 +79,7 @@ CANDIDATES: dict[Kind, list[dict]] = {
     Kind("back", 32, 16): [_back(32, 2, 32, 16), _back(16, 2, 32, 16)],
     Kind("back", 32, 16, True): [_back(16, 2, 32, 16, 4)],
     Kind("narrow", 16, 16): [_narrow(64, 256), _narrow(64, 128)],
-    Kind("narrow", 16, 64): [_narrow(64, 128), _narrow(32, 128)],
+    Kind("narrow", 16, 64): [_narrow(64, 128), _narrow(16, 128)],
     Kind("narrow", 16, 128): [_narrow(32, 128), _narrow(32, 64), _narrow(16, 128)],
     Kind("narrow", 32, 32): [_narrow(16, 128)],
     Kind("narrow", 32, 64): [_narrow(16, 64)],

@@ -66,6 +66,7 @@ class Backward {
         Planes h_t;                // [P][R, ldt]
         float* waist;              // [height / 32][R / 32][32, 32]  sums of dh
         float* sums;               // [K / 32][height, 32]  of dx; with one stretch one strip for each thread
+        float* lines;              // [height / 32][2, N]  sums over rows of dy
         uint32_t* keep;            // [masks, height, ld_keep]
     };
     // what each thread needs for itself
@@ -111,6 +112,7 @@ class Backward {
             draws.push_back(lora.draw);
         }
         tall = std::max(tall, padded(R, STRIP)), ldh = std::max(ldh, spread(R));
+        most_lines = std::max(most_lines, layer.sums.size_of_lines(height));
         lda = std::max(lda, spread(layer.stretches.longest() * STEP));
         many = many || g.layers.size() > 1 || layer.stretches.count > 1;
         layer.b = scratch.take<float>(one.N * R);
@@ -129,6 +131,7 @@ class Backward {
         slot.h_t = {scratch.take<bf16>(P * tall * ldt), ldt, tall * ldt};
         slot.waist = scratch.take<float>(height * tall);
         slot.sums = scratch.take<float>(height * (many ? padded(g.K, STRIP) : STRIP * threads));
+        slot.lines = scratch.take<float>(most_lines);
         slot.keep = scratch.take<uint32_t>(masks * height * ld_keep);
     }
 
@@ -175,6 +178,9 @@ class Backward {
         split_rows<P>(one.dy + row * one.lddy + step * STEP, one.lddy, rows,
                       std::min(count * STEP, one.N - step * STEP), dy,
                       one.gain ? one.gain + step * STEP : nullptr);
+        if (layer.sums.lines())
+            layer.sums.sum_lines(row, rows, step * STEP, count * STEP,
+                                 slot.lines + layer.sums.size_of_lines(i));
         float* sums = slot.waist + i * tall;
         if (layer.needs_dh)
             multiply_narrow_parts<P>({dy, layer.b_packed + step * 2 * TILE * P, count},
@@ -242,7 +248,7 @@ class Backward {
                       count = layer.stretches.begin(stretch + 1) - step;
         for (int64_t s = team.begin(count); s < team.end(count); ++s) {
             if (layer.g->db) sum_db(layer, s, step, p, slot, own);
-            if (layer.g->dbias || layer.g->dgain) layer.sums.add_columns((step + s) * STRIP, p);
+            if (layer.sums.lines()) layer.sums.add_lines((step + s) * STRIP, p, slot.lines);
         }
     }
 
@@ -314,7 +320,7 @@ class Backward {
 
     const Fp32Backward& g;
     const int64_t ld_keep;
-    int64_t block_rows, blocks, height, ldt, masks, tall = 0, lda = 0, ldh = 0;
+    int64_t block_rows, blocks, height, ldt, masks, tall = 0, lda = 0, ldh = 0, most_lines = 0;
     bool alone;         // each block is one thread's
     bool many = false;  // whether sums of dx wait from stretch to stretch
     std::vector<Layer> layers;

@@ -27,25 +27,39 @@ class Fp32Sums {
     float* da_strip(int64_t block, int64_t k) const { return da + block * da_size + k * tall; }
     float* db_strip(int64_t block, int64_t n) const { return db + block * db_size + n * tall; }
 
-    // dbias += Σ dy and dgain += Σ dy ⊙ u for 32 columns and the rows of a panel
-    void add_columns(int64_t n, const Panel& p) const {
-        for (int64_t end = std::min(n + STRIP, line); n < end; n += SIDE) {
-            const __mmask16 inside = static_cast<__mmask16>(first(std::clamp<int64_t>(g->N - n, 0, SIDE)));
-            __m512 bias = _mm512_setzero_ps(), gain = bias;
-            // 32 rows at a time: a sum of sums is rounded less
-            for (int64_t row = p.begin; row < p.begin + p.rows; row += 32) {
-                __m512 near_bias = _mm512_setzero_ps(), near_gain = near_bias;
-                for (int64_t i = row; i < std::min(row + 32, p.begin + p.rows); ++i) {
-                    const __m512 dy = _mm512_maskz_loadu_ps(inside, g->dy + i * g->lddy + n);
-                    near_bias = _mm512_add_ps(near_bias, dy);
+    // whether something is summed over rows of dy as it is
+    bool lines() const { return g->dbias || g->dgain; }
+
+    // two lines of sums for each 32 rows of a panel
+    int64_t size_of_lines(int64_t height) const { return lines() ? height / 32 * 2 * line : 0; }
+
+    // Σ dy and Σ dy ⊙ u of up to 32 rows for some columns, to the two lines of these rows
+    void sum_lines(int64_t row, int64_t rows, int64_t n, int64_t columns, float* to) const {
+        for (int64_t r = 0; r < rows; r += 4)
+            for (int64_t c = n; c < n + columns; c += SIDE) {
+                const __mmask16 inside =
+                    static_cast<__mmask16>(first(std::clamp<int64_t>(g->N - c, 0, SIDE)));
+                __m512 bias = _mm512_setzero_ps(), gain = bias;
+                for (int64_t i = row + r; i < row + std::min(rows, r + 4); ++i) {
+                    const __m512 dy = _mm512_maskz_loadu_ps(inside, g->dy + i * g->lddy + c);
+                    bias = _mm512_add_ps(bias, dy);
                     if (g->dgain)
-                        near_gain = _mm512_fmadd_ps(dy, _mm512_maskz_loadu_ps(inside, g->u + i * g->N + n),
-                                                    near_gain);
+                        gain = _mm512_fmadd_ps(dy, _mm512_maskz_loadu_ps(inside, g->u + i * g->N + c), gain);
                 }
-                bias = _mm512_add_ps(bias, near_bias), gain = _mm512_add_ps(gain, near_gain);
+                add(r == 0, bias, to + c), add(r == 0, gain, to + line + c);
             }
-            if (g->dbias) add(p, bias, dbias + p.block * line + n);
-            if (g->dgain) add(p, gain, dgain + p.block * line + n);
+    }
+
+    // dbias and dgain += the lines of a panel, for 32 columns
+    void add_lines(int64_t n, const Panel& p, const float* from) const {
+        for (const int64_t end = n + STRIP; n < end; n += SIDE) {
+            __m512 bias = _mm512_setzero_ps(), gain = bias;
+            for (int64_t i = 0; i < parts(p.rows, 32); ++i) {
+                bias = _mm512_add_ps(bias, _mm512_load_ps(from + 2 * i * line + n));
+                gain = _mm512_add_ps(gain, _mm512_load_ps(from + (2 * i + 1) * line + n));
+            }
+            if (g->dbias) add(p.first, bias, dbias + p.block * line + n);
+            if (g->dgain) add(p.first, gain, dgain + p.block * line + n);
         }
     }
 
@@ -58,8 +72,8 @@ class Fp32Sums {
     }
 
   private:
-    static void add(const Panel& p, __m512 sum, float* to) {
-        _mm512_store_ps(to, p.first ? sum : _mm512_add_ps(_mm512_load_ps(to), sum));
+    static void add(bool begins, __m512 sum, float* to) {
+        _mm512_store_ps(to, begins ? sum : _mm512_add_ps(_mm512_load_ps(to), sum));
     }
 
     __m512 over_blocks(const float* from, int64_t size) const {

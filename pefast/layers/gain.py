@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from pefast.layers.lowrank import LowRank
 from pefast.ops.delta_linear import OP, Call, delta_linear
 
+# what a hand multiplies by a gain inside its product
+_FUSED = (torch.bfloat16, torch.float32)
+
 
 class Gain(nn.Module):
     """One factor for each column, all 1 at the start."""
@@ -92,14 +95,14 @@ def product(
 ) -> Tensor:  # [B, ..., N]
     """(x wᵀ + the segments' deltas) ⊙ Πg + bias.
 
-    On AMX in bf16 the native hand multiplies its fp32 sums by an fp32 gain and rounds once. Others would
-    round the gain, so there the product comes first.
+    On AMX the native hand multiplies its fp32 sums by an fp32 gain and rounds once. Others would round the
+    gain, or walk over the product again, so there the product comes first.
     """
     (g, index), *more = gains
-    if x.dtype is weight.dtype is torch.bfloat16 and index is None and not more:
-        call = Call(x, weight, bias, g, rows, None, segments)
+    if x.dtype is weight.dtype and x.dtype in _FUSED and index is None and not more:
+        call = Call(x, weight, bias, g, rows, None, segments, None, compute)
         if not OP.why_not("native", call) and OP.pick(call) == "native":
-            return delta_linear(x, weight, segments, bias, g, rows)
+            return delta_linear(x, weight, segments, bias, g, rows, compute=compute)
     return multiplied(delta_linear(x, weight, segments, ids=rows, compute=compute), gains, rows, bias)
 
 

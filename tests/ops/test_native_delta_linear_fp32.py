@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pefast.layers import gain as layers_gain
 from pefast.native import delta_linear_fp32 as native
 from pefast.native import packs
 from pefast.ops.delta_linear import Call, Needs, Segment, delta_linear, reference
@@ -139,6 +140,22 @@ def test_a_gain_and_a_bias_that_train(shape):
 def test_a_gain_with_every_form_of_input(options):
     call, dy = make_call((70, 130, 97, 16), 0.0 if "given" in options else 0.05, gain=True, **options)
     assert_close(run(call, dy), call, dy)
+
+
+@pytest.mark.parametrize("compute", [None, "bf16"])
+def test_a_layers_gain_goes_inside(monkeypatch, compute):
+    """DoRA's gain as a layer multiplies it is the native hand's: nothing walks over the product again."""
+    call, dy = make_call((70, 130, 96, 8), compute=compute, gain=True)
+    s, leaves = call.segments[0], {"dx": call.x, "da": call.segments[0].a, "db": call.segments[0].b}
+    leaves = {name: t.detach().requires_grad_() for name, t in leaves.items()}
+    monkeypatch.setattr(layers_gain, "multiplied", None)
+    segments = (s._replace(a=leaves["da"], b=leaves["db"]),)
+    leaves |= {"dgain": call.gain, "dbias": call.bias}
+    gains = [(call.gain, None)]
+    y = layers_gain.product(leaves["dx"], call.w, segments, gains, None, call.bias, compute)
+    got = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+    whole = run(call, dy)
+    assert all(torch.equal(t, whole[name]) for name, t in {"y": y.detach(), **got}.items())
 
 
 def test_a_gain_alone():

@@ -66,10 +66,7 @@ def at_once(x: Tensor, w: Tensor, bias: Tensor | None, s) -> bool:
     return (
         _SEES
         and not is_compiling()
-        and s.h is s.c is s.d is s.adapter is None
-        and s.activation == "identity"
-        and 0 <= s.dropout < 1
-        and C.one_lora_fits(x, w, bias, s.a, s.b)
+        and C.one_lora_fits(x, w, bias, *s)
         and (type(w) is Parameter or type(w._base) is Parameter)
         and not (w.requires_grad or (bias is not None and bias.requires_grad))
         and (s.a.requires_grad or s.b.requires_grad or x.requires_grad)

@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 import pefast
+from pefast.layers import hosts
 from pefast.layers.gain import Directed, multiplied
 from pefast.model import parameters_of
+from pefast.native import delta_linear_fp32 as fp32
+from pefast.testing import assert_no_worse
 from tests.models import (
     assert_as_it_was,
     assert_close,
@@ -314,3 +317,32 @@ def test_all_of_them_compile_in_one_graph():
         torch.autograd.grad(got, list(trained(model).values())), gradients.values(), strict=True
     ):
         assert_close(found, right, 1e-4)
+
+
+@pytest.mark.skipif(not fp32.HERE, reason="needs AMX")
+def test_ia3s_gain_is_inside_an_fp32_product(monkeypatch):
+    """Of many rows alone; it stands behind the bias, which brings a part of its gradient."""
+    model = pefast.attach(build("bert"), pefast.IA3())
+    layer = model.bert.encoder.layer[0].attention.self.key
+    (gain,) = (delta.l for delta in layer.deltas["default"].values())
+    generator = torch.Generator().manual_seed(4)
+    gain.data = torch.rand(gain.shape, generator=generator) + 0.5
+    x, dy = torch.randn(300, 32, generator=generator), torch.randn(300, 32, generator=generator)
+
+    def results(function, *leaves):
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        y = function(*leaves)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+    def formula(x, gain):
+        return (x @ layer.weight.to(x.dtype).t() + layer.bias.to(x.dtype)) * gain
+
+    near, exact = results(formula, x, gain), results(formula, x.double(), gain.double())
+    monkeypatch.setattr(hosts, "multiplied", None)
+    x.requires_grad_()
+    y = layer(x)
+    got = y.detach(), *torch.autograd.grad(y, (x, gain), dy)
+    for name, *three in zip(("y", "dx", "dgain"), got, near, exact, strict=True):
+        assert_no_worse(name, *three)
+    with pytest.raises(TypeError):
+        layer(x[:200])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pefast.formats import FORMATS
 from pefast.layers.bottleneck import After, Beside
 from pefast.layers.decode import decoded, forget
-from pefast.layers.gain import multiplied, product
+from pefast.layers.gain import multiplied, output, product
 from pefast.layers.in_place import mix_in, take_out
 from pefast.layers.lowrank import LowRank
 from pefast.layers.router import Router, row_mask
@@ -46,15 +46,17 @@ class DeltaHost(nn.Module):
                     segments.append(delta.segment(index))
                 elif not delta.gains:
                     after.append((delta, index))
-        ids, bias = self.router.rows, self.bias
+        ids, bias, y = self.router.rows, self.bias, None
         if "input" in gains:
             x = multiplied(x, gains["input"], ids)
         if "product" in gains:
             y = product(x, weight, tuple(segments), gains["product"], ids, bias, self.compute)
         elif segments:
             y = delta_linear(x, weight, tuple(segments), bias, ids=ids, compute=self.compute)
-        else:
-            y = super().forward(x)
+        elif "output" in gains:
+            y = output(x, weight, gains["output"], bias, self.compute)
+            gains = {} if y is not None else gains
+        y = super().forward(x) if y is None else y
         if "output" in gains:
             y = multiplied(y, gains["output"], ids)
         for delta, index in after:

@@ -239,6 +239,9 @@ def _launch_product(x, w, inner, h, b, scale, gain, bias, u, y, layout, seed, ba
     (m, k), n = x.shape, w.shape[0]
     count, table = (layout.tiles, layout.tile) if back else (layout.plain_tiles, layout.plain_tile)
     block = tiles.product(x, n, layout.width, count > 1)
+    if beside:
+        # what the library made lies beside the sum: 128 rows of both spill on sm_100, 64 in fp32 everywhere
+        block["BLOCK_M"] = min(32 if x.dtype == torch.float32 else 64, block["BLOCK_M"])
     products.product[(triton.cdiv(m, block["BLOCK_M"]) * triton.cdiv(n, block["BLOCK_N"]),)](
         x, w, inner, h, b, scale, table, layout.keep, gain, bias, u, y, m, n, k, layout.total, count,
         *x.stride(), *w.stride(), *b.stride(), _number(seed), BESIDE=beside, SEVERAL=count > 1,

@@ -144,9 +144,8 @@ def _tool(name, *args):
 def launches(full: bool):
     """(name, whether its products want tensor cores, a function that launches) of each case of the gate."""
     bf16 = torch.bfloat16
-    cases = [(bf16, 4096, 16, case) for case in ("whole", "split", "dropped", "routed")] + [
-        (bf16, 4, 16, "whole")
-    ]
+    cases = [(bf16, 4096, 16, case) for case in ("whole", "split", "library", "dropped", "routed")]
+    cases += [(bf16, 4, 16, "whole"), (torch.float32, 4096, 16, "library")]
     if full:
         kinds = (*ROADS, "dropped", "hybrid", "routed")
         wide = [(bf16, rows, 16, case) for rows in (4096, 48, 4) for case in kinds]

@@ -67,7 +67,7 @@ def test_explain_lists_it_and_it_can_be_taken_out():
     said = pefast.explain(model)
     assert "lora of default: native, products in bf16" in said
     assert "frozen layer alone: native, products in bf16" in said
-    pefast.accelerate(model, attention=False, dropout=False, loss=False, peft=False)
+    pefast.accelerate(model, attention=False, dropout=False, loss=False, peft=False, siblings=False)
     assert [type(module) for module in model.modules()] == before
     assert "bf16" not in pefast.explain(model)
     again = step(model)

@@ -40,7 +40,7 @@ def accelerate(
               saving, set_adapter, disable_adapter, adapter_names, merging and the Trainer stay as they are;
               DoRA, lora_bias and merged layers go PEFT's own way
     siblings  layers with deltas that read the same input (query, key and value; gate and up) compute in one
-              walk over it where there is a kernel for that (bf16 on AMX)
+              walk over it where there is a kernel for that (bf16 and fp32 on AMX)
     linear    frozen linear layers without a delta compute through pefast where there is a kernel for them
               (fp32 on AMX), to the precision of fp32; None: where `compute` is given
     compute   "bf16" lets every product of an fp32 layer that pefast computes round its factors to bf16,

@@ -1,6 +1,6 @@
 """csrc under the address and undefined-behaviour sanitizers: fuzzers over random shapes, csrc/tests/*.cpp.
 
-More cases by hand: PEFAST_FUZZ=100000 python -m pytest tests/test_sanitizers.py
+More cases by hand: PEFAST_FUZZ=100000 python -m pytest tests/test_sanitizers.py; PEFAST_SEED=2 draws others
 """
 
 import os

@@ -164,10 +164,10 @@ _GIVEN = (
     "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? mask, bool causal,"
     " float scale, float p, Tensor? seed"
 )
-_NEEDS = "bool need_q, bool need_k, bool need_v, bool need_prefix_k, bool need_prefix_v"
+_ASKED = "bool need_q, bool need_k, bool need_v, bool need_prefix_k, bool need_prefix_v"
 _LIBRARY.define(f"prefix_attention({_GIVEN}) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    f"prefix_attention_backward(Tensor do, Tensor o, Tensor lse, {_GIVEN}, {_NEEDS})"
+    f"prefix_attention_backward(Tensor do, Tensor o, Tensor lse, {_GIVEN}, {_ASKED})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("prefix_attention", _forward, "CPU")

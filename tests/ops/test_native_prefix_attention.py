@@ -253,3 +253,11 @@ def test_the_operators_pass_opcheck():
     o, lse = native.forward(call)
     given = (do, o, lse, *call[:10], True, True, False, True, True)
     torch.library.opcheck(torch.ops.pefast.prefix_attention_backward.default, given)
+
+
+def test_a_processor_without_the_kernel_is_refused_in_words(monkeypatch):
+    call, _ = make_call(SIZES["odd width"])
+    monkeypatch.setitem(native._HERE, KIND[0], False)
+    assert f"needs {native._NEEDS[KIND[0]]}" in native.refuse(call)
+    with pytest.raises(RuntimeError, match="prefix_attention: the native kernel cannot run"):
+        native.forward(call)

@@ -34,6 +34,8 @@ def _load() -> tuple[ModuleType | None, str]:
 C, WHY_NOT = _load()
 if C is not None:
     C.use_isa(os.environ.get("PEFAST_ISA", ""))
+# what this process may use, for reasons in words: a compiler that traces a refusal cannot call csrc
+ISA = "" if C is None else C.isa()
 
 
 def through_the_registry(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pefast.native import WHY_NOT, C, packs, rows_of
+from pefast.native import ISA, WHY_NOT, C, packs, rows_of
 from pefast.native.sibling_linear import packed_weight
 
 _HERE = C is not None and C.delta_linear_here()
@@ -37,7 +37,7 @@ def takes(x: Tensor, named: bool) -> bool:
 def why_not(w: Tensor, bias: Tensor | None, deltas: list[RowDelta]) -> str:
     """Why csrc cannot take these deltas beside w [N, K], or ""."""
     if not _HERE:
-        return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
+        return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {ISA}"
     if w.dtype is not torch.bfloat16 or not w.is_cpu or not w.numel():
         return f"takes a bfloat16 weight on a CPU, it is {w.dtype} {list(w.shape)} on {w.device}"
     for t in (bias, *(t for delta in deltas for t in (delta.a, delta.b))):

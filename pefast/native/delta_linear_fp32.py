@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pefast.native import WHY_NOT, C, packs, rows_of, through_the_registry
+from pefast.native import ISA, WHY_NOT, C, packs, rows_of, through_the_registry
 from pefast.native import delta_linear_fp32_many as many
 
 HERE = C is not None and C.fp32_here()
@@ -43,7 +43,7 @@ def why_not(call) -> str:
 def why_not_beside(x: Tensor, call) -> str:
     """Why csrc cannot run a layer that reads x, or ""."""
     if not HERE:
-        return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
+        return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {ISA}"
     w = call.w
     if not (x.is_cpu and w.is_cpu):
         return f"needs a CPU, x is on {x.device} and the weight on {w.device}"

@@ -8,7 +8,7 @@ Formula: pefast/ops/delta_linear.py.
 import torch
 from torch import Tensor
 
-from pefast.native import WHY_NOT, C, packs, register_one_lora, rows_of, through_the_registry
+from pefast.native import ISA, WHY_NOT, C, packs, register_one_lora, rows_of, through_the_registry
 
 HERE = C is not None and C.thin_here()
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -20,7 +20,7 @@ WIDE_WAIST = 64
 def why_not(call) -> str:
     """Why csrc cannot run this call, or ""."""
     if not HERE:
-        return WHY_NOT if C is None else f"needs AVX2, this process may use {C.isa()}"
+        return WHY_NOT if C is None else f"needs AVX2, this process may use {ISA}"
     x, w, bias, segments = call.x, call.w, call.bias, call.segments
     if not (x.is_cpu and w.is_cpu):
         return f"needs a CPU, x is on {x.device} and the weight on {w.device}"

@@ -12,7 +12,7 @@ Formula: pefast/ops/partial_linear.py.
 import torch
 from torch import Tensor
 
-from pefast.native import WHY_NOT, C
+from pefast.native import ISA, WHY_NOT, C
 
 _HERE = C is not None and C.delta_linear_here()
 # from one entry in so many on, the waist is too wide to ride
@@ -22,7 +22,7 @@ _MANY = 8
 def refuse(call) -> str:
     """Why csrc cannot run this call, or ""."""
     if not _HERE:
-        return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
+        return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {ISA}"
     x, w, bias = call.x, call.w, call.bias
     if not (x.is_cpu and w.is_cpu):
         return f"needs a CPU, x is on {x.device} and the weight on {w.device}"

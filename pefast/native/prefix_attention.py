@@ -7,7 +7,7 @@ pefast/ops/prefix_attention.py.
 import torch
 from torch import Tensor
 
-from pefast.native import WHY_NOT, C, through_the_registry
+from pefast.native import ISA, WHY_NOT, C, through_the_registry
 
 # whether the kernel of a type runs here, and what it needs
 _HERE = {
@@ -28,7 +28,7 @@ def refuse(call) -> str:
     if dtype not in _HERE:
         return f"takes bfloat16 and float32, q is {str(dtype).removeprefix('torch.')}"
     if not _HERE[dtype]:
-        return f"needs {_NEEDS[dtype]}, this process may use {C.isa()}"
+        return f"needs {_NEEDS[dtype]}, this process may use {ISA}"
     if not call.scale > 0:
         return f"takes a scale above 0, it is {call.scale}"
     return ""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pefast.native import WHY_NOT, C, packs, rows_of, through_the_registry
+from pefast.native import ISA, WHY_NOT, C, packs, rows_of, through_the_registry
 from pefast.native import delta_linear_fp32 as fp32
 
 _HERE = C is not None and C.delta_linear_here()
@@ -31,7 +31,7 @@ def refuse(call) -> str:
     if x.dtype is torch.float32:
         return _refuse_fp32(call)
     if not _HERE:
-        return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {C.isa()}"
+        return WHY_NOT if C is None else f"needs AMX tiles for bfloat16, this process may use {ISA}"
     for part in parts:
         w, bias, gain = part.w, part.bias, part.gain
         if not (x.is_cpu and w.is_cpu):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pefast.native import sibling_linear as native_hand
 from pefast.ops.delta_linear import Segment, delta_linear
 from pefast.ops.sibling_linear import OP, Part, prepare, reference, sibling_linear
 from pefast.testing import assert_no_worse
@@ -180,6 +181,18 @@ def test_compiles_in_one_graph():
     plain, graph = (run(function, *given, torch.bfloat16) for function in (sibling_linear, compiled))
     for name in plain:
         torch.testing.assert_close(graph[name], plain[name])
+
+
+def test_compiles_where_the_kernel_cannot_run(monkeypatch):
+    """The reason in words is traced as well."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(native_hand, "_HERE", False)
+    monkeypatch.setattr(native_hand.fp32, "HERE", False)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, parts, ids, _ = inputs((37, 64), dtype)
+        compiled = torch.compile(sibling_linear, fullgraph=True, backend="eager")
+        for one, other in zip(compiled(x, parts, ids), sibling_linear(x, parts, ids), strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_gradcheck():

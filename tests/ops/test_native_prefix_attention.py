@@ -45,11 +45,17 @@ SIZES = {
 KIND = [torch.bfloat16]
 
 
-@pytest.fixture(autouse=True, params=[torch.bfloat16, torch.float32], ids=str)
-def _kind(request):
-    if not native._HERE[request.param]:
-        pytest.skip(f"needs {native._NEEDS[request.param]}")
-    KIND[0] = request.param
+@pytest.fixture(autouse=True, params=["bfloat16", "bfloat16 in float32", "float32"])
+def _kind(request, monkeypatch):
+    dtype, widens = getattr(torch, request.param.split()[0]), "in" in request.param
+    if not native._HERE[torch.float32 if widens else dtype] or (
+        native._WIDENS and request.param == "bfloat16"
+    ):
+        pytest.skip(
+            f"needs {'AVX-512' if widens else 'AMX' if dtype is torch.bfloat16 else native._NEEDS[dtype]}"
+        )
+    monkeypatch.setattr(native, "_WIDENS", widens)
+    KIND[0] = dtype
 
 
 def make_call(sizes, seed=0, shared=True, size=1.0, **options) -> tuple[Call, torch.Tensor]:
@@ -238,12 +244,20 @@ def test_reads_stay_inside(name, first):
 
 
 def test_a_single_query_is_left_to_others():
+    if native._WIDENS:
+        pytest.skip("without tiles bf16 declines whatever has no gradient")
     call, _ = make_call(Sizes(2, 8, 8, 1, 200, 0, 64))
     assert "1 for each key head and no gradient" in native.decline(call)
     assert native.decline(call._replace(q=call.q.requires_grad_())) == ""
     assert native.decline(make_call(Sizes(2, 8, 8, 1, 200, 4, 64))[0]) == ""
     enough = 4 if KIND[0] == torch.bfloat16 else 16
     assert native.decline(make_call(Sizes(2, 2 * enough, 2, 1, 200, 0, 64))[0]) == ""
+
+
+def test_without_tiles_bf16_is_for_training():
+    call, _ = make_call(SIZES["panels"])
+    assert ("a gradient to come" in native.decline(call)) == native._WIDENS
+    assert native.decline(call._replace(prefix_k=call.prefix_k.requires_grad_())) == ""
 
 
 def test_the_operators_pass_opcheck():

@@ -20,8 +20,7 @@ namespace {
 uint64_t delta_linear_pack_door(uintptr_t w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K,
                                 bool for_dx, uintptr_t packed, int threads) {
     const char* name = "delta_linear";
-    check(N > 0 && K > 0, name, ": w is [", N, ", ", K, "]; at least one row and column would be right");
-    check(w && packed, name, ": w has no storage");
+    check_weight(name, N, K, w && packed);
     check_threads(name, threads);
     if (for_dx)
         delta_linear_pack(at<const bf16>(w), stride_n, stride_k, N, K, at<bf16>(packed), threads);

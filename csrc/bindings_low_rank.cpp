@@ -20,8 +20,7 @@ namespace {
 uint64_t fp32_pack_door(uintptr_t w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, bool for_dx,
                         int parts, uintptr_t packed, int threads) {
     const char* name = "delta_linear";
-    check(N > 0 && K > 0, name, ": w is [", N, ", ", K, "]; at least one row and column would be right");
-    check(w && packed, name, ": w has no storage");
+    check_weight(name, N, K, w && packed);
     check_threads(name, threads);
     if (for_dx)
         delta_linear_fp32_pack(at<const float>(w), stride_n, stride_k, N, K, parts, at<bf16>(packed),
@@ -96,14 +95,21 @@ void fp32_backward_door(uintptr_t x, int64_t ldx, int64_t M, int64_t K, uintptr_
     delta_linear_fp32_backward(call, parts, threads);
 }
 
-// type as in dropout_door: 0 or 1; y holds x wᵀ + bias
-void thin_forward_door(uintptr_t x, int64_t ldx, const LoraPlace& place, uintptr_t y, uintptr_t h,
-                       const std::array<int64_t, 3>& sizes, int type, int threads) {
-    const auto [M, N, K] = sizes;
+// what both directions of the thin products check: type as in dropout_door, 0 or 1
+LowRank thin_lora(const LoraPlace& place, uintptr_t x, int64_t ldx, const std::array<int64_t, 3>& sizes,
+                  int type, int threads) {
     const LowRank lora = low_rank(place, sizes, threads);
     check(lora.R > 0 && lora.a && type >= 0 && type <= 1, "delta_linear: R is ", lora.R, " and the type ",
           type, "; 1 or more with an a, and 0 or 1, would be right");
-    check_matrix("delta_linear", "x", at<void>(x), M, K, ldx);
+    check_matrix("delta_linear", "x", at<void>(x), sizes[0], sizes[2], ldx);
+    return lora;
+}
+
+// y holds x wᵀ + bias
+void thin_forward_door(uintptr_t x, int64_t ldx, const LoraPlace& place, uintptr_t y, uintptr_t h,
+                       const std::array<int64_t, 3>& sizes, int type, int threads) {
+    const auto [M, N, K] = sizes;
+    const LowRank lora = thin_lora(place, x, ldx, sizes, type, threads);
     if (type)
         delta_linear_thin_forward<bf16>({M, N, K, at<const bf16>(x), ldx, lora, at<bf16>(y), at<bf16>(h)},
                                         threads);
@@ -127,10 +133,7 @@ void thin_backward_door(uintptr_t x, int64_t ldx, uintptr_t dy, int64_t lddy, ui
                         const LoraPlace& place, const std::array<uintptr_t, 3>& results,
                         const std::array<int64_t, 3>& sizes, int type, int threads) {
     const auto [M, N, K] = sizes;
-    const LowRank lora = low_rank(place, sizes, threads);
-    check(lora.R > 0 && lora.a && type >= 0 && type <= 1, "delta_linear: R is ", lora.R, " and the type ",
-          type, "; 1 or more with an a, and 0 or 1, would be right");
-    check_matrix("delta_linear", "x", at<void>(x), M, K, ldx);
+    const LowRank lora = thin_lora(place, x, ldx, sizes, type, threads);
     check_matrix("delta_linear", "dy", at<void>(dy), M, N, lddy);
     (type ? thin_backward<bf16> : thin_backward<float>)(x, ldx, dy, lddy, h, lora, results, sizes, threads);
 }

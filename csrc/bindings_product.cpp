@@ -14,17 +14,11 @@ namespace pefast {
 
 namespace {
 
-void check_weight(uintptr_t w, int64_t N, int64_t K, int threads) {
-    const char* name = "delta_linear";
-    check(N > 0 && K > 0, name, ": w is [", N, ", ", K, "]; at least one row and column would be right");
-    check(w, name, ": w has no storage");
-    check_threads(name, threads);
-}
-
 // w [N, K] packed for x wᵀ, or for dy w; its mark
 uint64_t product_pack_door(uintptr_t w, int64_t stride_n, int64_t stride_k, int64_t N, int64_t K, bool for_dx,
                            uintptr_t packed, int threads) {
-    check_weight(w, N, K, threads);
+    check_weight("delta_linear", N, K, w);
+    check_threads("delta_linear", threads);
     const bf16* from = at<const bf16>(w);
     if (for_dx)
         product_pack(from, stride_n, stride_k, N, K, at<bf16>(packed), threads);
@@ -39,7 +33,8 @@ bool product_door(uintptr_t x, int64_t ldx, const std::tuple<uintptr_t, int64_t,
                   const std::array<int64_t, 3>& sizes, int threads) {
     const auto [w, stride_n, stride_k, mark] = place;
     const auto [M, N, K] = sizes;
-    check_weight(w, N, K, threads);
+    check_weight("delta_linear", N, K, w);
+    check_threads("delta_linear", threads);
     check_matrix("delta_linear", for_dx ? "dy" : "x", at<void>(x), M, for_dx ? N : K, ldx);
     if (weight_mark(at<const bf16>(w), stride_n, stride_k, N, K) != mark) return false;
     if (M > 0)

@@ -25,6 +25,11 @@ inline void check_matrix(const char* function, const char* name, const void* dat
           columns, " long; a stride of at least the length would be right");
 }
 
+inline void check_weight(const char* function, int64_t N, int64_t K, bool stored) {
+    check(N > 0 && K > 0, function, ": w is [", N, ", ", K, "]; at least one row and column would be right");
+    check(stored, function, ": w has no storage");
+}
+
 inline void check_threads(const char* function, int threads) {
     check(threads >= 1, function, ": threads is ", threads, "; 1 or more would be right");
 }

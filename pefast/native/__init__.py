@@ -43,6 +43,15 @@ def through_the_registry(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
+def is_one_lora(call) -> bool:
+    """Whether the call is one plain LoRA beside a frozen layer."""
+    if len(call.segments) != 1 or call.gain is not None:
+        return False
+    s = call.segments[0]
+    plain = s.h is None and s.activation == "identity" and s.c is None and s.d is None and s.adapter is None
+    return plain and (call.bias is None or not call.bias.requires_grad)
+
+
 def rows_of(x: Tensor) -> Tensor:
     """x [M, K] as csrc reads it: columns are neighbours, rows do not overlap. A copy where x is not so."""
     m, k = x.shape

@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from pefast.native import WHY_NOT, C, packs, register_one_lora, rows_of, sibling_linear, through_the_registry
+from pefast.native import (
+    WHY_NOT,
+    C,
+    is_one_lora,
+    packs,
+    register_one_lora,
+    rows_of,
+    sibling_linear,
+    through_the_registry,
+)
 from pefast.native import delta_linear_cuda as cuda
 from pefast.native import delta_linear_fp32 as fp32
 from pefast.native import delta_linear_thin as thin
@@ -47,15 +56,6 @@ def decline(call) -> str:
     if not isinstance(w, torch.nn.Parameter) and not isinstance(w._base, torch.nn.Parameter):
         return "packs the weight once for many calls, and this one is no parameter: it may live for one call"
     return ""
-
-
-def _one_lora(call) -> bool:
-    """Whether the call is one plain LoRA beside a frozen layer."""
-    if len(call.segments) != 1 or call.gain is not None:
-        return False
-    s = call.segments[0]
-    plain = s.h is None and s.activation == "identity" and s.c is None and s.d is None and s.adapter is None
-    return plain and (call.bias is None or not call.bias.requires_grad)
 
 
 def at_once(x: Tensor, w: Tensor, bias: Tensor | None, s) -> bool:
@@ -109,7 +109,7 @@ def forward(call) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
         return cuda.forward(call)
     if other := _OTHERS.get(call.x.dtype):
         return other.forward(call)
-    if not _one_lora(call):
+    if not is_one_lora(call):
         (y,), saved = sibling_linear.forward(sibling_linear.Siblings(call.x, (call,)))
         return y, [tuple(saved)]
     s = call.segments[0]
@@ -122,7 +122,7 @@ def backward(call, saved, dy: Tensor, needs):
     """dx, None, dbias, dgain and (da, db, dc, dd, dh) of each segment; None for what is not needed."""
     if other := _OTHERS.get(dy.dtype):
         return other.backward(call, saved, dy, needs)
-    if not _one_lora(call):
+    if not is_one_lora(call):
         alone, asked = sibling_linear.Siblings(call.x, (call,)), sibling_linear.Siblings(needs.x, (needs,))
         dx, (gradients,) = sibling_linear.backward(alone, saved[0], (dy,), asked)
         return dx, *gradients

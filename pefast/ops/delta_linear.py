@@ -122,7 +122,7 @@ def delta_linear(
     the call. Formula and papers: the head of this file.
     """
     segments = (segments,) if isinstance(segments, Segment) else tuple(segments)
-    if len(segments) == 1 and gain is None and backend is None and OP.free("native"):
+    if len(segments) == 1 and gain is ids is backend is None and OP.free("native"):
         s = segments[0]
         if native_hand.at_once(x, w, bias, s):
             if s.dropout:

@@ -173,3 +173,11 @@ def test_the_door_refuses_in_words(name, wrong, words):
     given |= {"y": torch.zeros(37, 45).bfloat16(), "h": torch.zeros(37, 5).bfloat16(), name: wrong}
     with pytest.raises(ValueError, match=words):
         C.one_lora_forward(*given.values(), 1.0, 0.0, 1)
+
+
+def test_ids_that_do_not_fit_are_refused_here_too():
+    t = tensors()
+    with pytest.raises(ValueError, match="one id for each of 37 rows"):
+        delta_linear(
+            t["x"], t["w"], Segment(t["a"], t["b"]), t["bias"], ids=torch.zeros(3, dtype=torch.int64)
+        )

@@ -67,12 +67,7 @@ struct SegmentCase {
 };
 
 double kept(const Segment& s, int64_t m, int64_t k) {
-    if (!s.dropout) return 1;
-    uint32_t c[4] = {static_cast<uint32_t>(k / 128 * 16 + k % 32 / 2), static_cast<uint32_t>(m),
-                     s.draw.stream, 0};
-    philox(c, s.draw.key[0], s.draw.key[1]);
-    const uint32_t bits = c[k % 128 / 32] >> (16 * (k % 2)) & 0xffff;
-    return bits >= s.draw.threshold ? s.keep_scale : 0;
+    return s.dropout ? lives(s.draw, m, k) * s.keep_scale : 1;
 }
 
 double number(const Master& m, int64_t i) { return widen(static_cast<const bf16*>(m.data)[i]); }

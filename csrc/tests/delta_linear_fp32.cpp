@@ -55,13 +55,7 @@ struct Layer {
                 static_cast<float>(1 / (1 - p))};
     }
 
-    double kept(int64_t m, int64_t k) const {
-        if (!p) return 1;
-        uint32_t c[4] = {static_cast<uint32_t>(k / 128 * 16 + k % 32 / 2), static_cast<uint32_t>(m), 0, 0};
-        const Draw draw = lora().draw;
-        philox(c, draw.key[0], draw.key[1]);
-        return (c[k % 128 / 32] >> (16 * (k % 2)) & 0xffff) >= draw.threshold ? 1 / (1 - p) : 0;
-    }
+    double kept(int64_t m, int64_t k) const { return p ? lives(lora().draw, m, k) / (1 - p) : 1; }
 
     // the formula of u and of one number's part in dx; h as the kernel stored it
     double u_of(int64_t m, int64_t n, const float* h) const {

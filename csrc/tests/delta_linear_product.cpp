@@ -51,15 +51,4 @@ bool one_case() {
 
 }  // namespace
 
-int main(int count, char** words) {
-    const int cases = count > 1 ? std::atoi(words[1]) : 100;
-    for (int i = 0; i < cases; ++i)
-        for (const char* level : {"avx2", "avx512"}) {
-            bool there = false;
-            for (Isa each : isa_levels()) there = there || !std::strcmp(isa_name(each), level);
-            if (!there) continue;
-            use_isa(level);
-            if (!one_case()) return std::printf("case %d on %s is wrong\n", i, level), 1;
-        }
-    std::printf("%d cases\n", cases);
-}
+int main(int count, char** words) { return on_both_levels(count, words, one_case); }

@@ -4,11 +4,14 @@
 #include <sys/mman.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
 #include <vector>
 
+#include "../cpu/isa.h"
+#include "../cpu/philox.h"
 #include "../cpu/types.h"
 
 namespace pefast {
@@ -76,6 +79,29 @@ void fill(T* to, int64_t rows, int64_t columns, int64_t ld) {
             narrow(numbers[next], to + r * ld + c);
             if (++next == numbers.size()) next = 0;
         }
+}
+
+// whether dropout keeps an element: the formula, one number at a time
+inline bool lives(const Draw& draw, int64_t m, int64_t k) {
+    uint32_t c[4] = {static_cast<uint32_t>(k / 128 * 16 + k % 32 / 2), static_cast<uint32_t>(m), draw.stream,
+                     0};
+    philox(c, draw.key[0], draw.key[1]);
+    return (c[k % 128 / 32] >> (16 * (k % 2)) & 0xffff) >= draw.threshold;
+}
+
+// main of kernels for AVX2 and AVX-512: so many cases on each that is there
+template <class Case>
+int on_both_levels(int count, char** words, const Case& one_case) {
+    const int cases = count > 1 ? std::atoi(words[1]) : 100;
+    for (int i = 0; i < cases; ++i)
+        for (const char* level : {"avx2", "avx512"}) {
+            bool there = false;
+            for (Isa each : isa_levels()) there = there || !std::strcmp(isa_name(each), level);
+            if (!there) continue;
+            use_isa(level);
+            if (!one_case()) return std::printf("case %d on %s is wrong\n", i, level), 1;
+        }
+    return std::printf("%d cases\n", cases), 0;
 }
 
 }  // namespace

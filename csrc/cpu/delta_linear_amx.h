@@ -19,6 +19,18 @@ inline void together(int threads, const What& what) {
     });
 }
 
+// Rows of a left factor.
+struct Left {
+    const bf16* at;
+    int64_t ld;
+    Left from(int64_t row) const { return {at + row * ld, ld}; }
+};
+
+// whether tiles can be read from rows as they lie: full steps, lines that start with a row
+inline bool lies_right(const bf16* at, int64_t ld, int64_t columns) {
+    return columns % STEP == 0 && ld % STEP == 0 && reinterpret_cast<uintptr_t>(at) % 64 == 0;
+}
+
 // 32 rows at most, columns and rows filled up with zeros to full tiles
 inline void copy_rows(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, bf16* to, int64_t ld) {
     for (int64_t r = 0; r < padded(rows, SIDE); ++r, x += ldx, to += ld)
@@ -66,15 +78,19 @@ inline void multiply_narrow(const Factors& all, int64_t rows, int64_t columns, f
     const __m512 s = _mm512_set1_ps(scale);
     const __m512 c_low = c ? _mm512_loadu_ps(c) : _mm512_setzero_ps(),
                  c_high = c ? _mm512_loadu_ps(c + SIDE) : _mm512_setzero_ps();
+    // with 16 columns the even steps and the odd ones have sums of their own: a tile product waits for the one before it
+    // on the same sums as long as three others take
+    const bool split = columns <= SIDE;
     sized(rows, columns, [&](auto tall, auto wide) {
         constexpr int ROWS = decltype(tall)::value, COLUMNS = decltype(wide)::value;
-        clear_sums<ROWS, COLUMNS>();
-        accumulate<ROWS, COLUMNS>(all);
-        store_sums<ROWS, COLUMNS>(sums);
+        clear_sums<ROWS, 2>();
+        COLUMNS == 1 ? accumulate_in_turn<ROWS>(all) : accumulate<ROWS, 2>(all);
+        store_sums<ROWS, 2>(sums);
     });
     const __mmask32 inside = first(columns);
     for (int64_t r = 0; r < padded(rows, SIDE); ++r) {
-        const __m512 low = _mm512_load_ps(sums + r * STRIP), high = _mm512_load_ps(sums + r * STRIP + SIDE);
+        __m512 low = _mm512_load_ps(sums + r * STRIP), high = _mm512_load_ps(sums + r * STRIP + SIDE);
+        if (split) low = _mm512_add_ps(low, high);
         const __m512i both = rounded(_mm512_fmadd_ps(low, s, c_low), _mm512_fmadd_ps(high, s, c_high));
         _mm512_store_si512(to + r * ld_to, _mm512_maskz_mov_epi16(inside, both));
     }

@@ -37,6 +37,9 @@ class Backward {
         alone = blocks >= threads;
         height = std::clamp<int64_t>(padded(g.M, 32), 32, most);
         ldt = spread(height);
+        rows_first = steps <= CHUNK && wide.size() == 1;
+        in_place = rows_first && !g.siblings[0].gain.data &&
+                   lies_right(g.siblings[0].dy, g.siblings[0].lddy, g.siblings[0].N);
         take_memory(threads);
     }
 
@@ -47,8 +50,12 @@ class Backward {
         const Team us = alone ? Team{0, 1} : team;
         const int64_t stride = alone ? team.size : 1;
         Slot& slot = slots[alone ? team.rank : 0];
-        for (Panel p = first_panel(alone ? team.rank : 0); p.rows; p = after(p, stride))
-            panel(p, us, slot, owns[team.rank], beside);
+        Panel next = first_panel(alone ? team.rank : 0);
+        start_masks(next.begin, std::min<int64_t>(next.rows, 32), slot.keep[1], beside);
+        for (Panel p = next; p.rows; p = next) {
+            next = after(p, stride);
+            panel(p, next, us, slot, owns[team.rank], beside);
+        }
         team.wait();
         sums.finish(team);
     }
@@ -56,19 +63,20 @@ class Backward {
   private:
     // a panel of rows
     struct Slot {
-        bf16* du;        // [height, lda]  of all siblings side by side
-        bf16* dz;        // [height, ldh]
-        bf16* dz_t;      // [slots, ldt]
-        bf16* h_t;       // [slots, ldt]
-        uint32_t* keep;  // [masks, height, ld_keep]
+        bf16* du;           // [height, lda]  of all siblings side by side
+        bf16* dz;           // [height, ldh]
+        bf16* dz_t;         // [slots, ldt]
+        bf16* h_t;          // [slots, ldt]
+        uint32_t* keep[2];  // [masks, height, ld_keep]  of this panel and of the next
     };
     // what each thread needs for itself
     struct Own {
         float* sums;    // [max(height, 64), 32]
+        float* narrow;  // [32, 32]
         float* masked;  // [masks, 64, 32]
         bf16* rows;     // [height, 32]  rows of x̂ or du in pairs
         bf16 *z, *h;    // [32, ldh]
-        Strip strip;
+        std::vector<Strip> strips;
     };
     // a sibling's part of what all siblings have
     struct Wide {
@@ -108,11 +116,13 @@ class Backward {
             slot.du = scratch.take<bf16>(height * lda), slot.dz = scratch.take<bf16>(height * ldh);
             slot.dz_t = scratch.take<bf16>(stack.slots * ldt);
             slot.h_t = scratch.take<bf16>(stack.slots * ldt);
-            slot.keep = scratch.take<uint32_t>(masks * height * ld_keep);
+            for (uint32_t*& keep : slot.keep) keep = scratch.take<uint32_t>(masks * height * ld_keep);
         }
         owns.resize(threads);
         for (Own& own : owns) {
             own.sums = scratch.take<float>(std::max<int64_t>(height, 64) * STRIP);
+            own.narrow = scratch.take<float>(BLOCK);
+            own.strips.resize(rows_first ? parts(g.K, STRIP) : 1);
             own.masked = scratch.take<float>(masks * 64 * STRIP);
             own.rows = scratch.take<bf16>(height * STRIP);
             own.z = scratch.take<bf16>(32 * ldh), own.h = scratch.take<bf16>(32 * ldh);
@@ -135,11 +145,40 @@ class Backward {
                 wide[i].gain[n] = number_of(g.siblings[i].gain, n);
     }
 
-    void panel(const Panel& p, Team team, Slot& slot, Own& own, Beside& beside) {
-        for (int64_t row = 32 * team.rank; row < p.rows; row += 32 * team.size)
-            rows_of(p, row, std::min<int64_t>(p.rows - row, 32), slot, own);
+    // the masks of up to 32 rows, to be made beside those before
+    void start_masks(int64_t begin, int64_t rows, uint32_t* keep, Beside& beside) {
+        if (fused() && masked())
+            beside.keep.start(stack.draws.data(), stack.draws.size(), begin, rows, g.K, keep, ld_keep,
+                              height * ld_keep);
+    }
+
+    void panel(const Panel& p, const Panel& next, Team team, Slot& slot, Own& own, Beside& beside) {
+        if (fused()) std::swap(slot.keep[0], slot.keep[1]);
+        // tiles are read from dy itself where they lie right in it
+        const SiblingBackward& one = g.siblings[0];
+        const bool here = in_place && p.rows % 32 == 0;
+        const Left du = {here ? one.dy + p.begin * one.lddy : slot.du, here ? one.lddy : lda};
+        const auto waist_of = [&](int64_t row) {
+            beside.clear_tiles();
+            rows_of(p, row, std::min<int64_t>(p.rows - row, 32), du, slot, own);
+        };
+        for (int64_t row = 32 * team.rank; row < p.rows && !fused(); row += 32 * team.size) waist_of(row);
         team.wait();
-        if (g.dx) all_columns(p, team, slot, own, beside);
+        if (g.dx)
+            all_columns(p, team, du, slot, own, beside, [&](int64_t row) {
+                if (!fused()) return;
+                beside.keep.finish(parts(g.K, 128));
+                const bool inside = row + 32 < p.rows;
+                const int64_t after = inside ? p.begin + row + 32 : next.begin;
+                const int64_t rows = std::min<int64_t>(inside ? p.rows - row - 32 : next.rows, 32);
+                start_masks(after, rows, inside ? slot.keep[0] + (row + 32) * ld_keep : slot.keep[1], beside);
+                waist_of(row);
+                // dy of the next rows, and x of these for da
+                const int64_t block_steps = strips_of_x() * steps,
+                              these = std::min<int64_t>(p.rows - row, 32);
+                if (here) beside.rows = rows_ahead(one.dy, one.lddy, after, rows, block_steps);
+                if (sums.any_da) beside.strip = rows_ahead(g.x, g.ldx, p.begin + row, these, block_steps);
+            });
         const int64_t across = parts(g.K, STRIP);
         for (int64_t s = team.begin(across); sums.any_da && s < team.end(across); ++s)
             sum_da(s, p, slot, own);
@@ -147,16 +186,17 @@ class Backward {
             const int64_t before = wide[i].first_strip, count = parts(g.siblings[i].N, STRIP);
             const int64_t end = std::min(team.end(strips) - before, count);
             for (int64_t s = std::max<int64_t>(team.begin(strips) - before, 0); s < end; ++s)
-                sum_db(i, s, p, slot, own);
+                sum_db(i, s, p, du, slot, own);
         }
         if (sums.any_dc) sums.add_dc(slot.dz_t, ldt, p, team);
         team.wait();
     }
 
     // for up to 32 rows of a panel: du, dz, h, the masks, and the transposes of h and dz
-    void rows_of(const Panel& p, int64_t i, int64_t rows, const Slot& slot, const Own& own) {
+    void rows_of(const Panel& p, int64_t i, int64_t rows, const Left& du, const Slot& slot, const Own& own) {
         const int64_t row = p.begin + i;
-        for (size_t j = 0; j < wide.size(); ++j) copy_du(j, row, rows, slot.du + i * lda + wide[j].column);
+        for (size_t j = 0; j < wide.size() && du.at == slot.du; ++j)
+            copy_du(j, row, rows, slot.du + i * lda + wide[j].column);
         for (size_t at = 0; at < stack.chunks.size(); ++at) {
             const Chunk& c = stack.chunks[at];
             const Wide& w = wide[c.sibling];
@@ -165,16 +205,16 @@ class Backward {
             if (!needs_dh) continue;
             bf16* dz = slot.dz + i * ldh + c.slot;
             const int64_t number = at - stack.siblings[c.sibling].begin;
-            multiply_narrow({slot.du + i * lda + w.column, lda, w.b + number * w.steps * 2 * TILE, w.steps},
-                            rows, c.used, 1, nullptr, own.sums, dz, ldh);
+            multiply_narrow({du.at + i * du.ld + w.column, du.ld, w.b + number * w.steps * 2 * TILE, w.steps},
+                            rows, c.used, 1, nullptr, own.narrow, dz, ldh);
             if (!c.plain) make_dz(stack, c, g.ids, row, rows, own.z + c.slot, ldh, dz, ldh);
             if (!c.plain) store_dh(c, row, rows, dz);
             transpose_rows(dz, ldh, rows, c.used, slot.dz_t + c.slot * ldt + i, ldt);
         }
-        if (!masked() || beside_mask()) return;
+        if (!masked() || beside_mask() || fused()) return;
         KeepRows masks;
-        masks.start(stack.draws.data(), stack.draws.size(), row, rows, g.K, slot.keep + i * ld_keep, ld_keep,
-                    height * ld_keep);
+        masks.start(stack.draws.data(), stack.draws.size(), row, rows, g.K, slot.keep[0] + i * ld_keep,
+                    ld_keep, height * ld_keep);
         masks.finish(parts(g.K, 128));
     }
 
@@ -223,33 +263,48 @@ class Backward {
 
     bool masked() const { return !stack.draws.empty() && needs_dh; }
     // whether the masks are made beside dx: then a thread needs no other's part of them
-    bool beside_mask() const { return masked() && alone && g.dx; }
+    bool beside_mask() const { return masked() && alone && g.dx && !rows_first; }
+    // whether the waist and the masks of 32 rows are made just before their dx
+    bool fused() const { return rows_first && g.dx && alone; }
 
-    // dx for the rows of a panel
-    void all_columns(const Panel& p, Team team, const Slot& slot, Own& own, Beside& beside) {
-        const int64_t across = parts(g.K, STRIP), begin = team.begin(across), end = team.end(across);
-        const int64_t bytes = sums.any_da ? p.rows * g.ldx * 2 : 0;
-        beside.rows = Fetch(g.x + p.begin * g.ldx, bytes <= EARLY_BYTES ? bytes : 0,
-                            std::max<int64_t>(end - begin, 1) * parts(p.rows, 32) * steps);
+    int64_t strips_of_x() const { return parts(g.K, STRIP); }
+
+    // so many rows, to be fetched beside so many steps
+    static Fetch rows_ahead(const bf16* at, int64_t ld, int64_t begin, int64_t rows, int64_t steps_before) {
+        const int64_t bytes = std::max<int64_t>(rows, 0) * ld * 2;
+        return Fetch(at + begin * ld, bytes <= EARLY_BYTES ? bytes : 0, steps_before);
+    }
+
+    // dx for the rows of a panel; before(row) comes before each block of rows where the strips pass by it
+    template <class Before>
+    void all_columns(const Panel& p, Team team, const Left& du, const Slot& slot, Own& own, Beside& beside,
+                     const Before& before) {
+        const int64_t across = strips_of_x(), begin = team.begin(across), end = team.end(across);
+        beside.rows = {};
+        if (sums.any_da && !rows_first)
+            beside.rows = rows_ahead(g.x, g.ldx, p.begin, p.rows, (end - begin) * parts(p.rows, 32) * steps);
         if (beside_mask())
-            beside.keep.start(stack.draws.data(), stack.draws.size(), p.begin, p.rows, g.K, slot.keep,
+            beside.keep.start(stack.draws.data(), stack.draws.size(), p.begin, p.rows, g.K, slot.keep[0],
                               ld_keep, height * ld_keep);
         for (int64_t s = begin; s < end; ++s) {
+            Strip& strip = own.strips[rows_first ? s - begin : 0];
+            columns(s, p, du, slot, strip);
+            if (rows_first) continue;
             // four strips share a block of the mask; it is ready before the first of their rows is stored
             if (beside_mask()) beside.keep.finish(s / 4 + 1);
-            columns(s, p, slot, own, beside);
+            multiply_strip(strip, own.sums, own.masked, beside);
         }
+        if (rows_first) multiply_rows_first(own.strips, end - begin, own.sums, own.masked, beside, before);
         beside.finish();
     }
 
     // 32 columns of dx for the rows of a panel
-    void columns(int64_t strip, const Panel& p, const Slot& slot, Own& own, Beside& beside) {
+    void columns(int64_t strip, const Panel& p, const Left& du, const Slot& slot, Strip& s) {
         const int64_t k = strip * STRIP, chunks = stack.chunks.size();
-        Strip& s = own.strip;
         s.mains.clear(), s.sides.clear(), s.masked.clear();
         for (size_t i = 0; i < wide.size(); ++i)
             s.mains.push_back(
-                {slot.du + wide[i].column, lda, g.siblings[i].w + k * wide[i].steps * STEP, wide[i].steps});
+                {du.at + wide[i].column, du.ld, g.siblings[i].w + k * wide[i].steps * STEP, wide[i].steps});
         for (const Group& group : stack.groups)
             if (group.computed)
                 (group.mask < 0 ? s.sides : s.masked)
@@ -257,12 +312,11 @@ class Backward {
                                 a + (strip * chunks + group.chunk) * 2 * TILE, group.chunks});
         s.to = {};
         s.to.to = g.dx + p.begin * g.K + k, s.to.ld = g.K, s.to.inside = first(g.K - k);
-        s.to.masks = {slot.keep + strip, height * ld_keep, ld_keep, static_cast<int64_t>(stack.draws.size()),
-                      scales.data()};
+        s.to.masks = {slot.keep[0] + strip, height * ld_keep, ld_keep,
+                      static_cast<int64_t>(stack.draws.size()), scales.data()};
         s.rows = p.rows;
         s.next = s.mains[0];
         s.next.strip = k + STRIP < g.K ? s.next.strip + s.next.steps * 2 * TILE : nullptr;
-        multiply_strip(s, own.sums, own.masked, beside);
     }
 
     // da += dzᵀ x̂ for 32 columns of x and the rows of a panel
@@ -273,7 +327,7 @@ class Backward {
         for (const Group& group : stack.groups) {
             if (!group.computed) continue;
             const uint32_t* keep =
-                group.mask < 0 ? nullptr : slot.keep + group.mask * height * ld_keep + strip;
+                group.mask < 0 ? nullptr : slot.keep[0] + group.mask * height * ld_keep + strip;
             const auto pair = [&](int64_t row, bf16* tiles) {
                 const bf16* x = g.x + (p.begin + row) * g.ldx + k;
                 const int64_t left = p.rows - row;
@@ -289,11 +343,11 @@ class Backward {
     }
 
     // dbᵀ += hᵀ du for 32 columns of a sibling's du and the rows of a panel; dbias and dgain as well
-    void sum_db(size_t i, int64_t strip, const Panel& p, const Slot& slot, const Own& own) {
+    void sum_db(size_t i, int64_t strip, const Panel& p, const Left& du, const Slot& slot, const Own& own) {
         const Range chunks = stack.siblings[i];
-        const bf16* du = slot.du + wide[i].column + strip * STRIP;
+        const bf16* columns = du.at + wide[i].column + strip * STRIP;
         const auto pair = [&](int64_t row, bf16* tiles) {
-            pack_step_along(du + row * lda, lda, p.rows - row, STRIP, tiles);
+            pack_step_along(columns + row * du.ld, du.ld, p.rows - row, STRIP, tiles);
         };
         if (sums.any_db && chunks.end > chunks.begin)
             sums.add_rows(slot.h_t, ldt, chunks, p, g.siblings[i].N - strip * STRIP, own.rows,
@@ -308,8 +362,10 @@ class Backward {
     const int64_t ldh, ld_keep;
     bool needs_dh, needs_h;
     int64_t lda = 0, strips = 0, steps = 0, block_rows, blocks, height, ldt;
-    bool alone;  // each block is one thread's
-    bf16* a;     // [strips, chunks, 2 tiles]
+    bool alone;       // each block is one thread's
+    bool rows_first;  // the strips pass by each block of rows
+    bool in_place;    // dy as it lies can be the left factor
+    bf16* a;          // [strips, chunks, 2 tiles]
     std::vector<float> scales;
     std::vector<Wide> wide;
     std::vector<Slot> slots;

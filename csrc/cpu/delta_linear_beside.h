@@ -50,13 +50,13 @@ class Beside {
 
     // before a block of rows that takes so many steps; its result will go to these rows
     void plan(int64_t steps, bf16* to, int64_t ld, int64_t rows) {
-        each = static_cast<int>(parts(waiting.count, std::max<int64_t>(steps, 1)));
+        each = static_cast<int>(parts(waiting().count, std::max<int64_t>(steps, 1)));
         soon = to, soon_ld = ld, soon_rows = rows;
         soon_each = static_cast<int>(parts(rows, std::max<int64_t>(steps, 1)));
     }
 
     void operator()() {
-        for (int i = 0; i < each && waiting.count; ++i) store_row();
+        for (int i = 0; i < each && waiting().count; ++i) store_row();
         for (int i = 0; i < soon_each && soon_rows; ++i, --soon_rows, soon += soon_ld)
             __builtin_prefetch(soon, 1, 2);
         strip.step();
@@ -64,45 +64,109 @@ class Beside {
         keep.step();
     }
 
-    // whether what waits has no mask and no gain, and there is no mask to make
-    bool plain() const { return !waiting.masks.count && !waiting.gain && keep.done(); }
-
-    // the same beside products(step), with all that a plain step reads in registers: written back at every step it
-    // cost 3 to 5 of 100 at 512 x 384 x 384
+    // products(step), step being what is done beside one of theirs
     template <class Products>
-    void plainly(const Products& products) {
-        const float* sums = waiting.sums;
-        bf16 *to = waiting.to, *ahead = soon;
-        const int64_t ld = waiting.ld, ahead_ld = soon_ld;
-        const __mmask32 inside = waiting.inside;
-        int64_t count = waiting.count, ahead_count = soon_rows;
+    void with(const Products& products) {
+        const Rows& w = waiting();
+        if (w.masks.count > 1 || w.gain) return products(*this);
+        const auto simple = [&](auto masked) __attribute__((always_inline)) {
+            keep.done() ? simply<decltype(masked)::value, false>(products)
+                        : simply<decltype(masked)::value, true>(products);
+        };
+        w.masks.count ? simple(std::true_type()) : simple(std::false_type());
+    }
+
+    // the first step of a block of 32 rows: the sums of the block before leave the tiles, those of this one begin as
+    // rows `stride` bytes apart, or as zeros
+    template <bool FROM, Keep KEEP>
+    void turn_over(const Factors& f, const float* from = nullptr, int64_t stride = 0) {
+        finish_waiting();
+        amx::turn_over<FROM, KEEP>(f.a, f.lda, f.strip, leaving, from, stride);
+        left();
+    }
+
+    // the sums in the tiles are to leave for `sums` [32, 32] when the next block begins; `complete`: then the next rows
+    // have all they wait for
+    void hold(float* sums, bool complete) { leaving = sums, held = complete; }
+
+    // to be filled in for the block that is in the tiles
+    Rows& next_rows() { return rows_of[1 - now]; }
+
+    // the sums of the next rows have left the tiles
+    void wait() {
+        finish_waiting();
+        now = 1 - now;
+    }
+
+    // before somebody else needs the tiles
+    void clear_tiles() {
+        if (leaving == nowhere) return;
+        finish_waiting();
+        store_sums<2, 2>(leaving);
+        left();
+    }
+
+    void finish() {
+        clear_tiles();
+        finish_waiting();
+    }
+
+  private:
+    // one mask at most and no gain: all that a step reads in registers. Written back at every step it cost 3 to 5 of
+    // 100 at 512 x 384 x 384.
+    template <bool MASKED, bool MAKING, class Products>
+    __attribute__((always_inline)) void simply(const Products& products) {
+        Rows& w = waiting();
+        const float *sums = w.sums, *masked = w.masked;
+        const uint32_t* bits = w.masks.keep;
+        bf16 *to = w.to, *ahead = soon;
+        const int64_t ld = w.ld, ahead_ld = soon_ld, bits_ld = w.masks.ld;
+        const __mmask32 inside = w.inside;
+        const __m512 scale = _mm512_set1_ps(MASKED ? w.masks.scales[0] : 0);
+        int64_t count = w.count, ahead_count = soon_rows;
         const int stores = each, aheads = soon_each;
         Fetch of_strip = strip, of_rows = rows;
         products([&]() __attribute__((always_inline)) {
-            for (int i = 0; i < stores && count; ++i, --count, sums += STRIP, to += ld)
-                _mm512_mask_storeu_epi16(to, inside,
-                                         rounded(_mm512_load_ps(sums), _mm512_load_ps(sums + SIDE)));
+            for (int i = 0; i < stores && count; ++i, --count, sums += STRIP, to += ld) {
+                __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + SIDE);
+                if (MASKED) {
+                    add_where(*bits, masked, scale, low, high);
+                    masked += STRIP, bits += bits_ld;
+                }
+                _mm512_mask_storeu_epi16(to, inside, rounded(low, high));
+            }
             for (int i = 0; i < aheads && ahead_count; ++i, --ahead_count, ahead += ahead_ld)
                 __builtin_prefetch(ahead, 1, 2);
             of_strip.step();
             of_rows.step();
+            if (MAKING) keep.step();
         });
-        waiting.sums = sums, waiting.to = to, waiting.count = count;
+        w.sums = sums, w.masked = masked, w.masks.keep = bits, w.to = to, w.count = count;
         soon = ahead, soon_rows = ahead_count, strip = of_strip, rows = of_rows;
     }
 
-    void wait(const Rows& next) {
-        finish();
-        waiting = next;
+    // low and high += scale · 32 masked sums, where the mask has a bit
+    static void add_where(uint32_t bits, const float* masked, __m512 scale, __m512& low, __m512& high) {
+        const __mmask16 left = static_cast<__mmask16>(bits), right = static_cast<__mmask16>(bits >> 16);
+        low = _mm512_mask3_fmadd_ps(_mm512_load_ps(masked), scale, low, left);
+        high = _mm512_mask3_fmadd_ps(_mm512_load_ps(masked + SIDE), scale, high, right);
     }
 
-    void finish() {
-        while (waiting.count) store_row();
+    Rows& waiting() { return rows_of[now]; }
+    const Rows& waiting() const { return rows_of[now]; }
+
+    void left() {
+        leaving = nowhere;
+        now ^= held, held = 0;
     }
 
-  private:
+    // in time for their place to be written again
+    void finish_waiting() {
+        while (waiting().count) store_row();
+    }
+
     void store_row() {
-        Rows& w = waiting;
+        Rows& w = waiting();
         __m512 low = _mm512_load_ps(w.sums), high = _mm512_load_ps(w.sums + SIDE);
         if (w.masks.count) add_masked(low, high);
         if (w.gain) apply_gain(low, high);
@@ -111,21 +175,17 @@ class Beside {
     }
 
     void add_masked(__m512& low, __m512& high) {
-        Rows& w = waiting;
+        Rows& w = waiting();
         const float* masked = w.masked;
         const uint32_t* keep = w.masks.keep;
         for (int64_t i = 0; i < w.masks.count; ++i, masked += 64 * STRIP, keep += w.masks.apart) {
-            const __m512 scale = _mm512_set1_ps(w.masks.scales[i]);
-            const uint32_t bits = *keep;
-            const __mmask16 left = static_cast<__mmask16>(bits), right = static_cast<__mmask16>(bits >> 16);
-            low = _mm512_mask3_fmadd_ps(_mm512_load_ps(masked), scale, low, left);
-            high = _mm512_mask3_fmadd_ps(_mm512_load_ps(masked + SIDE), scale, high, right);
+            add_where(*keep, masked, _mm512_set1_ps(w.masks.scales[i]), low, high);
         }
         w.masked += STRIP, w.masks.keep += w.masks.ld;
     }
 
     void apply_gain(__m512& low, __m512& high) {
-        Rows& w = waiting;
+        Rows& w = waiting();
         if (w.u) {
             _mm512_mask_storeu_epi16(w.u, w.inside, rounded(low, high));
             w.u += w.ld;
@@ -134,7 +194,12 @@ class Beside {
         high = _mm512_fmadd_ps(high, _mm512_load_ps(w.gain + SIDE), _mm512_load_ps(w.bias + SIDE));
     }
 
-    Rows waiting = {};
+    alignas(64) float nowhere[BLOCK];  // takes what nobody waits for
+    float* leaving = nowhere;          // where the sums in the tiles go
+    // of sums that have left the tiles, and of those in them; in turn, for a copy of what was stored a moment ago waits
+    // until the tiles before it are stored
+    Rows rows_of[2] = {};
+    int now = 0, held = 0;
     bf16* soon = nullptr;
     int64_t soon_ld = 0, soon_rows = 0;
     int each = 0, soon_each = 0;
@@ -157,58 +222,110 @@ inline Factors rows_from(const Factors& f, int64_t row) {
     return {f.a + row * f.lda, f.lda, f.strip, f.steps};
 }
 
-// up to 32 rows of a strip, some steps of one main
+inline Factors but_first_step(const Factors& f) {
+    return {f.a + STEP, f.lda, f.strip + 2 * TILE, f.steps - 1};
+}
+
+// 32 columns of up to 16 * ROWS rows, some steps of one main. With 32 rows the sums stay in the tiles until the next
+// block begins.
+template <int ROWS, Keep KEEP>
+inline void multiply_block(const Strip& s, const Factors& main, int64_t row, bool first, bool last,
+                           float* sums, float* masked, Beside& beside) {
+    Factors f = rows_from(main, row);
+    const float* from = first ? s.start : sums;
+    const int64_t stride = first ? 0 : STRIP * 4;
+    if constexpr (ROWS == 2) {
+        from ? beside.turn_over<true, KEEP>(f, from, stride) : beside.turn_over<false, KEEP>(f);
+        f = but_first_step(f);
+    } else {
+        beside.clear_tiles();
+        first ? begin_sums<1, 2>(s.start) : load_sums<1, 2>(sums);
+    }
+    const int64_t count = last ? std::min<int64_t>(s.rows - row, 32) : 0;
+    bf16* to = s.to.to + row * s.to.ld;
+    beside.plan(f.steps, to, s.to.ld, count);
+    if (last) {
+        Rows& rows = beside.next_rows();
+        rows.sums = sums, rows.masked = masked, rows.count = count, rows.inside = s.to.inside;
+        rows.masks = s.to.masks, rows.masks.keep += row * s.to.masks.ld;
+        rows.gain = s.to.gain, rows.bias = s.to.bias, rows.u = s.to.u ? s.to.u + row * s.to.ld : nullptr;
+        rows.to = to, rows.ld = s.to.ld;
+    }
+    beside.with([&](auto&& step) __attribute__((always_inline)) { accumulate<ROWS, 2, KEEP>(f, step); });
+    if (last)
+        for (const Factors& side : s.sides) accumulate<ROWS, 2>(rows_from(side, row));
+    const auto leave = [&](float* to, bool complete) {
+        if constexpr (ROWS == 2) return beside.hold(to, complete);
+        store_sums<1, 2>(to);
+        if (complete) beside.wait();
+    };
+    leave(sums, last && s.masked.empty());
+    if (!last) return;
+    int64_t masks = s.masked.size();
+    for (const Factors& masked_side : s.masked) {
+        Factors side = rows_from(masked_side, row);
+        if constexpr (ROWS == 2)
+            beside.turn_over<false, KEEP>(side), side = but_first_step(side);
+        else
+            clear_sums<1, 2>();
+        accumulate<ROWS, 2>(side);
+        leave(masked, --masks == 0);
+        masked += 64 * STRIP;
+    }
+}
+
+template <Keep KEEP>
 inline void multiply_rows(const Strip& s, const Factors& main, int64_t row, bool first, bool last,
                           float* sums, float* masked, Beside& beside) {
-    Rows rows = s.to;
-    rows.sums = sums, rows.masked = masked, rows.count = std::min<int64_t>(s.rows - row, 32);
-    rows.to += row * rows.ld, rows.masks.keep += row * rows.masks.ld;
-    if (rows.u) rows.u += row * rows.ld;
-    beside.plan(main.steps, rows.to, rows.ld, last ? rows.count : 0);
-    sized(s.rows - row, STRIP, [&](auto tall, auto wide) {
-        constexpr int ROWS = decltype(tall)::value, COLUMNS = decltype(wide)::value;
-        first ? begin_sums<ROWS, COLUMNS>(s.start) : load_sums<ROWS, COLUMNS>(sums);
-        if (beside.plain())
-            beside.plainly([&](auto&& step) __attribute__((always_inline)) {
-                accumulate<ROWS, COLUMNS>(rows_from(main, row), step);
-            });
-        else
-            accumulate<ROWS, COLUMNS>(rows_from(main, row), beside);
-        for (const Factors& side : s.sides)
-            if (last) accumulate<ROWS, COLUMNS>(rows_from(side, row));
-        store_sums<ROWS, COLUMNS>(sums);
-        for (const Factors& side : s.masked) {
-            if (!last) break;
-            clear_sums<ROWS, COLUMNS>();
-            accumulate<ROWS, COLUMNS>(rows_from(side, row));
-            store_sums<ROWS, COLUMNS>(masked);
-            masked += 64 * STRIP;
-        }
-    });
-    if (last) beside.wait(rows);
+    s.rows - row > SIDE ? multiply_block<2, KEEP>(s, main, row, first, last, sums, masked, beside)
+                        : multiply_block<1, KEEP>(s, main, row, first, last, sums, masked, beside);
 }
 
 // sums [max(rows, 64), 32] and masked [masks, 64, 32] hold what waits: nothing may write them before beside.finish()
 inline void multiply_strip(const Strip& s, float* sums, float* masked, Beside& beside) {
+    // one block of rows has nothing that the first cache should keep for the next
+    const int64_t most =
+        s.rows > 64 || (s.rows > 32 && s.mains[0].steps <= 2 * CHUNK) ? CHUNK : int64_t{1} << 40;
     int64_t chunks = 0, left;
-    for (const Factors& f : s.mains) chunks += std::max<int64_t>(parts(f.steps, CHUNK), 1);
+    for (const Factors& f : s.mains) chunks += parts(f.steps, most);
     left = chunks;
     for (size_t i = 0; i < s.mains.size(); ++i) {
         const Factors &f = s.mains[i], &next = i + 1 < s.mains.size() ? s.mains[i + 1] : s.next;
         // short strips come by themselves, one behind the other: 0.98 of the time at K=384
         const bool fetched = next.strip && f.steps > CHUNK;
         beside.strip = Fetch(next.strip, fetched ? next.steps * 4 * TILE : 0, parts(s.rows, 32) * f.steps);
-        const int64_t own = std::max<int64_t>(parts(f.steps, CHUNK), 1);
+        const int64_t own = parts(f.steps, most);
         for (int64_t chunk = 0; chunk < own; ++chunk, --left) {
             const int64_t begin = f.steps * chunk / own, end = f.steps * (chunk + 1) / own;
             const Factors some = {f.a + begin * STEP, f.lda, f.strip + begin * 2 * TILE, end - begin};
             for (int64_t row = 0; row < s.rows; row += 32) {
                 // with one chunk the sums leave soon, so two places in turn are enough
                 float* c = sums + (chunks == 1 ? row % 64 : row) * STRIP;
-                multiply_rows(s, some, row, left == chunks, left == 1, c, masked + row % 64 * STRIP, beside);
+                multiply_rows<Keep::strip>(s, some, row, left == chunks, left == 1, c,
+                                           masked + row % 64 * STRIP, beside);
             }
         }
     }
+}
+
+// strips of the same rows, each of one chunk: a block of rows stays in the first cache while a group of strips, which
+// stays in the second, passes by. before(row) comes before each block of rows of the first group.
+template <class Before>
+inline void multiply_rows_first(const std::vector<Strip>& strips, int64_t count, float* sums, float* masked,
+                                Beside& beside, const Before& before) {
+    const int64_t GROUP_BYTES = 3 << 18;
+    if (!count) return;
+    const int64_t bytes = strips[0].mains[0].steps * 4 * TILE,
+                  group = std::max<int64_t>(GROUP_BYTES / bytes, 1);
+    int64_t turn = 0;
+    beside.strip = {};
+    for (int64_t begin = 0; begin < count; begin += group)
+        for (int64_t row = 0; row < strips[0].rows; row += 32) {
+            if (!begin) before(row);
+            for (int64_t i = begin; i < std::min(begin + group, count); ++i, turn = 32 - turn)
+                multiply_rows<Keep::rows>(strips[i], strips[i].mains[0], row, true, true, sums + turn * STRIP,
+                                          masked + turn * STRIP, beside);
+        }
 }
 
 }  // namespace pefast::amx

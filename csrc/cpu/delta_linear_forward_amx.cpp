@@ -29,6 +29,8 @@ class Forward {
         height = std::max<int64_t>(padded(parts(f.M, std::max<int64_t>(panels, 1)), 32), 32);
         panels = parts(f.M, height);
         alone = panels >= threads;
+        rows_first = steps <= CHUNK;
+        in_place = rows_first && lies_right(f.x, f.ldx, f.K);
         take_memory(threads);
     }
 
@@ -39,7 +41,8 @@ class Forward {
         Own& own = owns[team.rank];
         if (alone) {
             Slot& slot = slots[team.rank];
-            start(team.rank, slot, beside, 1);
+            const int64_t begin = first_row(team.rank);
+            start(begin, rows_first ? std::min<int64_t>(f.M - begin, 32) : rows_of(team.rank), slot, beside);
             for (int64_t p = team.rank; p < panels; p += team.size)
                 panel(p, p + team.size, Team{0, 1}, slot, own, beside);
         } else {
@@ -56,9 +59,10 @@ class Forward {
     };
     // what each thread needs for itself
     struct Own {
-        float* sums;  // [max(height, 64), 32]
-        bf16* x_hat;  // [32, lda]
-        Strip strip;
+        float* sums;    // [max(height, 64), 32]
+        float* narrow;  // [32, 32]
+        bf16* x_hat;    // [32, lda]
+        std::vector<Strip> strips;
     };
     // a sibling's factors as its strips read them
     struct Wide {
@@ -92,6 +96,8 @@ class Forward {
         owns.resize(threads);
         for (Own& own : owns) {
             own.sums = scratch.take<float>(std::max<int64_t>(height, 64) * STRIP);
+            own.narrow = scratch.take<float>(BLOCK);
+            own.strips.resize(rows_first ? strips : 1);
             own.x_hat = masks ? scratch.take<bf16>(32 * lda) : nullptr;
         }
     }
@@ -132,47 +138,77 @@ class Forward {
     int64_t first_row(int64_t panel) const { return std::min(panel * height, f.M); }
     int64_t rows_of(int64_t panel) const { return first_row(panel + 1) - first_row(panel); }
 
-    // a panel that one thread works on alone: fetched, and its masks made, beside so many steps of the one before
-    void start(int64_t panel, Slot& slot, Beside& beside, int64_t steps_before) {
-        const int64_t begin = first_row(panel), rows = rows_of(panel), bytes = rows * f.ldx * 2;
-        beside.rows = Fetch(f.x + begin * f.ldx, bytes <= EARLY_BYTES ? bytes : 0, steps_before);
-        beside.keep.start(stack.draws.data(), stack.draws.size(), begin, rows, f.K, slot.keep[1], ld_keep,
-                          height * ld_keep);
+    // the masks of rows that one thread works on alone, to be made beside those before
+    void start(int64_t begin, int64_t rows, Slot& slot, Beside& beside) {
+        beside.keep.start(stack.draws.data(), stack.draws.size(), begin, std::max<int64_t>(rows, 0), f.K,
+                          slot.keep[1], ld_keep, height * ld_keep);
+    }
+
+    // the masks of the rows that come now are complete, those that come next are begun
+    void next_masks(int64_t begin, int64_t rows, Slot& slot, Beside& beside) {
+        beside.keep.finish(parts(f.K, 128));
+        std::swap(slot.keep[0], slot.keep[1]);
+        start(begin, rows, slot, beside);
+    }
+
+    // so many rows of x from `begin` on, to be fetched beside so many steps
+    Fetch rows_ahead(int64_t begin, int64_t rows, int64_t steps_before) const {
+        begin = std::min(begin, f.M);
+        const int64_t bytes = std::min(rows, f.M - begin) * f.ldx * 2;
+        return Fetch(f.x + begin * f.ldx, bytes <= EARLY_BYTES ? bytes : 0, steps_before);
     }
 
     void panel(int64_t index, int64_t next, Team team, Slot& slot, Own& own, Beside& beside) {
         const int64_t begin = first_row(index), rows = rows_of(index);
-        if (alone) {
-            beside.keep.finish(parts(f.K, 128));
-            std::swap(slot.keep[0], slot.keep[1]);
-            start(next, slot, beside, strips * parts(rows, 32) * steps);
+        const bool fused = rows_first && alone;
+        if (alone && !fused) {
+            next_masks(first_row(next), rows_of(next), slot, beside);
+            beside.rows = rows_ahead(first_row(next), rows_of(next), strips * parts(rows, 32) * steps);
         }
-        for (int64_t row = 32 * team.rank; row < rows; row += 32 * team.size)
-            block(begin, row, std::min<int64_t>(rows - row, 32), slot, own);
+        // tiles are read from x itself where they lie right in it
+        const bool here = in_place && rows % 32 == 0;
+        const Left x = {here ? f.x + begin * f.ldx : slot.x, here ? f.ldx : lda};
+        const auto waist_of = [&](int64_t row) {
+            beside.clear_tiles();
+            block(begin, row, std::min<int64_t>(rows - row, 32), x, slot, own);
+        };
+        for (int64_t row = 32 * team.rank; row < rows && !fused; row += 32 * team.size) waist_of(row);
         team.wait();
+        int64_t count = 0;
         for (size_t i = 0; i < wide.size(); ++i) {
             const int64_t before = wide[i].first_strip;
             const int64_t last = std::min(team.end(strips) - before, wide[i].strips);
-            for (int64_t s = std::max<int64_t>(team.begin(strips) - before, 0); s < last; ++s)
-                columns(i, s, begin, rows, slot, own, beside);
+            for (int64_t s = std::max<int64_t>(team.begin(strips) - before, 0); s < last; ++s) {
+                Strip& strip = own.strips[rows_first ? count++ : 0];
+                columns(i, s, begin, rows, x, slot, strip);
+                if (!rows_first) multiply_strip(strip, own.sums, nullptr, beside);
+            }
         }
+        multiply_rows_first(own.strips, count, own.sums, nullptr, beside, [&](int64_t row) {
+            if (!fused) return;
+            const int64_t after = row + 32 < rows ? begin + row + 32 : first_row(next);
+            next_masks(after, std::min<int64_t>(f.M - after, 32), slot, beside);
+            waist_of(row);
+            beside.rows = rows_ahead(after, 32, strips * steps);
+        });
         beside.finish();
         team.wait();
     }
 
     // the waist of up to 32 rows of a panel
-    void block(int64_t begin, int64_t row, int64_t rows, const Slot& slot, const Own& own) {
-        bf16 *x = slot.x + row * lda, *h = slot.h + row * ldh;
-        copy_rows(f.x + (begin + row) * f.ldx, f.ldx, rows, f.K, x, lda);
+    void block(int64_t begin, int64_t row, int64_t rows, const Left& in, const Slot& slot, const Own& own) {
+        bf16* h = slot.h + row * ldh;
+        if (in.at == slot.x)
+            copy_rows(f.x + (begin + row) * f.ldx, f.ldx, rows, f.K, slot.x + row * lda, lda);
         for (const Group& g : stack.groups) {
-            const bf16* x_hat = x;
-            if (g.mask >= 0) x_hat = dropped(begin + row, rows, x, g.mask, slot, row, own);
+            Left x = in.from(row);
+            if (g.mask >= 0) x = dropped(begin + row, rows, x, g.mask, slot, row, own);
             for (int64_t i = g.chunk; i < g.chunk + g.chunks; ++i) {
                 const Chunk& chunk = stack.chunks[i];
                 bf16* to = h + chunk.slot;
                 if (chunk.computed)
-                    multiply_narrow({x_hat, lda, a + i * steps * 2 * TILE, steps}, rows, chunk.used,
-                                    g.keep_scale, c + chunk.slot, own.sums, to, ldh);
+                    multiply_narrow({x.at, x.ld, a + i * steps * 2 * TILE, steps}, rows, chunk.used,
+                                    g.keep_scale, c + chunk.slot, own.narrow, to, ldh);
                 else
                     for (int64_t r = 0; r < padded(rows, SIDE); ++r)
                         _mm512_store_si512(to + r * ldh, _mm512_setzero_si512());
@@ -193,9 +229,9 @@ class Forward {
         }
     }
 
-    const bf16* dropped(int64_t row, int64_t rows, const bf16* x, int64_t mask, const Slot& slot, int64_t at,
-                        const Own& own) {
-        uint32_t* keep = slot.keep[0] + (mask * height + at) * ld_keep;
+    Left dropped(int64_t row, int64_t rows, const Left& x, int64_t mask, const Slot& slot, int64_t at,
+                 const Own& own) {
+        uint32_t* keep = slot.keep[0] + (mask * height + (rows_first && alone ? 0 : at)) * ld_keep;
         if (!alone) {
             KeepRows make;
             make.start(&stack.draws[mask], 1, row, rows, f.K, keep, ld_keep, 0);
@@ -205,20 +241,19 @@ class Forward {
         for (int64_t r = 0; r < padded(rows, SIDE); ++r)
             for (int64_t w = 0; w < steps; ++w)
                 _mm512_store_si512(own.x_hat + r * lda + w * 32,
-                                   _mm512_maskz_loadu_epi16(keep[r * ld_keep + w], x + r * lda + w * 32));
-        return own.x_hat;
+                                   _mm512_maskz_loadu_epi16(keep[r * ld_keep + w], x.at + r * x.ld + w * 32));
+        return {own.x_hat, lda};
     }
 
     // 32 columns of a sibling's y for the rows of a panel
-    void columns(size_t i, int64_t strip, int64_t begin, int64_t rows, const Slot& slot, Own& own,
-                 Beside& beside) {
+    void columns(size_t i, int64_t strip, int64_t begin, int64_t rows, const Left& x, const Slot& slot,
+                 Strip& s) {
         const SiblingForward& one = f.siblings[i];
         const Wide& wide_i = wide[i];
         const Range chunks = stack.siblings[i];
         const int64_t n = strip * STRIP, count = chunks.end - chunks.begin;
         const bf16* w = one.w + n * steps * STEP;
-        Strip& s = own.strip;
-        s.mains.assign(1, {slot.x, lda, w, steps});
+        s.mains.assign(1, {x.at, x.ld, w, steps});
         s.sides.assign(1, {slot.h + chunks.begin * 32, ldh, wide_i.b + strip * count * 2 * TILE, count});
         s.start = wide_i.start ? wide_i.start + n : nullptr;
         s.to = {};
@@ -230,7 +265,6 @@ class Forward {
         s.rows = rows;
         s.next = {nullptr, 0, strip + 1 < wide_i.strips ? w + steps * 2 * TILE : nullptr, steps};
         if (!s.next.strip && i + 1 < wide.size()) s.next.strip = f.siblings[i + 1].w;
-        multiply_strip(s, own.sums, nullptr, beside);
     }
 
     const DeltaForward& f;
@@ -238,9 +272,11 @@ class Forward {
     const PackedWaist waist;
     const int64_t steps, lda, ldh, ld_keep;
     int64_t panels, height, strips = 0;
-    bool alone;  // each panel is one thread's
-    bf16* a;     // [chunks, steps, 2 tiles]
-    float* c;    // [slots]
+    bool alone;       // each panel is one thread's
+    bool rows_first;  // the strips pass by each block of rows
+    bool in_place;    // x as it lies can be the left factor
+    bf16* a;          // [chunks, steps, 2 tiles]
+    float* c;         // [slots]
     std::vector<Wide> wide;
     std::vector<Slot> slots;
     std::vector<Own> owns;

@@ -34,7 +34,7 @@ class KeepRows {
     // the next row of 128 columns, if any is left
     void step() {
         if (row == count) {
-            if (done() || count == 0) return;
+            if (done()) return;
             if (mask == last)
                 ++block, mask = 0;
             else
@@ -54,63 +54,76 @@ class KeepRows {
     }
 
     // whether no row is left
-    bool done() const { return row == count && mask == last && block + 1 >= blocks; }
+    bool done() const { return count == 0 || (row == count && mask == last && block + 1 >= blocks); }
 
   private:
-    uint32_t key(int word, uint32_t round) const {
-        return draw.key[word] + round * (word ? PHILOX_W1 : PHILOX_W0);
-    }
+    // 16 lanes as those with an even number and those with an odd one, each in the low half of 64 bits, which is where
+    // a product reads them; what stands in the high halves is never looked at
+    struct Lanes {
+        __m512i even, odd;
+        Lanes() = default;
+        Lanes(__m512i e, __m512i o) : even(e), odd(o) {}
+        explicit Lanes(__m512i all) : even(all), odd(_mm512_srli_epi64(all, 32)) {}
+        Lanes operator^(__m512i b) const { return {_mm512_xor_si512(even, b), _mm512_xor_si512(odd, b)}; }
+        Lanes operator^(const Lanes& b) const {
+            return {_mm512_xor_si512(even, b.even), _mm512_xor_si512(odd, b.odd)};
+        }
+        Lanes operator*(__m512i m) const { return {_mm512_mul_epu32(even, m), _mm512_mul_epu32(odd, m)}; }
+        Lanes high() const { return {swapped(even), swapped(odd)}; }
+        __m512i together() const { return _mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CDAB); }
+        static __m512i swapped(__m512i a) { return _mm512_shuffle_epi32(a, _MM_PERM_CDAB); }
+    };
 
-    static __m512i both(__m512i a, uint32_t b) { return _mm512_xor_si512(a, _mm512_set1_epi32(b)); }
+    static __m512i all16(uint32_t b) { return _mm512_set1_epi32(static_cast<int>(b)); }
+    static Lanes xor3(const Lanes& a, const Lanes& b, __m512i c) {
+        return {_mm512_ternarylogic_epi32(a.even, b.even, c, 0x96),
+                _mm512_ternarylogic_epi32(a.odd, b.odd, c, 0x96)};
+    }
 
     // the parts of rounds 0, 1 and 2 that no row changes
     void columns_once() {
-        draw = all[mask], keep = base + mask * apart;
+        const Draw& draw = all[mask];
+        keep = base + mask * apart + block * 4, threshold = draw.threshold;
+        for (uint32_t round = 0; round < 10; ++round)
+            keys[0][round] = draw.key[0] + round * PHILOX_W0,
+            keys[1][round] = draw.key[1] + round * PHILOX_W1;
         const uint64_t product = static_cast<uint64_t>(PHILOX_M1) * draw.stream;
-        stream_high = static_cast<uint32_t>(product >> 32), stream_low = static_cast<uint32_t>(product);
-        const __m512i m0 = _mm512_set1_epi32(PHILOX_M0), m1 = _mm512_set1_epi32(PHILOX_M1);
+        stream_high = static_cast<uint32_t>(product >> 32);
+        const __m512i m0 = all16(PHILOX_M0), m1 = all16(PHILOX_M1);
         const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        __m512i high, low;
-        multiply(_mm512_add_epi32(_mm512_set1_epi32(static_cast<uint32_t>(block * 16)), lanes), m0, high,
-                 low);
-        one = both(low, key(1, 1));
-        multiply(both(high, key(1, 0)), m1, high, low);
-        const __m512i word = both(high, stream_low ^ key(0, 1));
-        two[0] = both(low, key(0, 2));
-        multiply(word, m0, high, low);
-        two[1] = both(high, key(1, 2)), two[2] = low;
+        const Lanes r0 = Lanes(_mm512_add_epi32(all16(static_cast<uint32_t>(block * 16)), lanes)) * m0;
+        one = r0 ^ all16(keys[1][1]);
+        const Lanes r1 = (r0.high() ^ all16(keys[1][0])) * m1;
+        two[0] = r1 ^ all16(keys[0][2]);
+        const Lanes r2 = (r1.high() ^ all16(static_cast<uint32_t>(product) ^ keys[0][1])) * m0;
+        two[1] = r2.high() ^ all16(keys[1][2]), two[2] = r2;
     }
 
     void store_row() {
-        const int XOR3 = 0x96;
-        const __m512i m0 = _mm512_set1_epi32(PHILOX_M0), m1 = _mm512_set1_epi32(PHILOX_M1);
+        const __m512i m0 = all16(PHILOX_M0), m1 = all16(PHILOX_M1);
         const uint32_t number = first + static_cast<uint32_t>(row);
-        const uint64_t product = static_cast<uint64_t>(PHILOX_M0) * (stream_high ^ number ^ key(0, 0));
-        __m512i c[4], high0, low0, high1, low1;
-        multiply(both(one, static_cast<uint32_t>(product >> 32)), m1, high1, low1);
-        c[0] = _mm512_xor_si512(high1, two[0]), c[1] = low1;
-        c[2] = both(two[1], static_cast<uint32_t>(product)), c[3] = two[2];
+        const uint64_t product = static_cast<uint64_t>(PHILOX_M0) * (stream_high ^ number ^ keys[0][0]);
+        const Lanes r1 = (one ^ all16(static_cast<uint32_t>(product >> 32))) * m1;
+        Lanes c[4] = {r1.high() ^ two[0], r1, two[1] ^ all16(static_cast<uint32_t>(product)), two[2]};
 #pragma GCC unroll 7
         for (uint32_t round = 3; round < 10; ++round) {
-            multiply(c[0], m0, high0, low0);
-            multiply(c[2], m1, high1, low1);
-            c[0] = _mm512_ternarylogic_epi32(high1, c[1], _mm512_set1_epi32(key(0, round)), XOR3);
-            c[1] = low1;
-            c[2] = _mm512_ternarylogic_epi32(high0, c[3], _mm512_set1_epi32(key(1, round)), XOR3);
-            c[3] = low0;
+            const Lanes r0 = c[0] * m0, r1 = c[2] * m1;
+            c[0] = xor3(r1.high(), c[1], all16(keys[0][round])), c[1] = r1;
+            c[2] = xor3(r0.high(), c[3], all16(keys[1][round])), c[3] = r0;
         }
-        const __m512i threshold = _mm512_set1_epi16(static_cast<int16_t>(draw.threshold));
-        uint32_t* to = keep + row * ld + block * 4;
-        for (int w = 0; w < 4; ++w) to[w] = _mm512_cmpge_epu16_mask(c[w], threshold);
+        const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(threshold));
+        uint32_t* to = keep + row * ld;
+        for (int w = 0; w < 4; ++w) to[w] = _mm512_cmpge_epu16_mask(c[w].together(), limit);
     }
 
     const Draw* all = nullptr;
-    Draw draw = {}, only = {};
-    uint32_t first = 0, stream_high = 0, stream_low = 0;
+    Draw only = {};
+    uint32_t first = 0, stream_high = 0, threshold = 0;
+    uint32_t keys[2][10] = {};  // of each round; read from memory, where a product of all lanes can take them
     int64_t count = 0, blocks = 0, block = -1, mask = 0, last = 0, row = 0;
     uint32_t *base = nullptr, *keep = nullptr;
     int64_t ld = 0, apart = 0;
-    __m512i one = {}, two[3] = {};  // words of the counter before rounds 1 and 3, short of the row's part
+    Lanes one = {}, two[3] = {};  // words of the counter before rounds 1 and 3, short of the row's part
 };
 
 }  // namespace pefast::amx

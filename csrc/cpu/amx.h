@@ -142,25 +142,40 @@ struct Nothing {
     void operator()() const {}
 };
 
-// sums += a times strip; beside() once a step: tile products leave the vector units idle
+template <int COUNT>
+using Count = std::integral_constant<int, COUNT>;
+
+// beside(part) after each of the four products of a step, or beside() after the last one
+template <int PART, class Beside>
+__attribute__((always_inline)) inline void do_beside(Beside&& beside) {
+    if constexpr (std::is_invocable_v<Beside&, Count<PART>>)
+        beside(Count<PART>());
+    else if constexpr (PART == 3)
+        beside();
+}
+
+// sums += a times strip, and what is done beside it: tile products leave the vector units idle
 template <int ROWS, int COLUMNS, Keep KEEP = Keep::strip, class Beside = Nothing>
-inline void accumulate(const Factors& f, Beside&& beside = Beside()) {
+__attribute__((always_inline)) inline void accumulate(const Factors& f, Beside&& beside = Beside()) {
     const int64_t stride = f.lda * 2;
     const bf16 *a = f.a, *b = f.strip;
     for (int64_t step = 0; step < f.steps; ++step, a += STEP, b += 2 * TILE) {
         LOAD_ROWS(4, a, stride);
         LOAD_STRIP(6, b);
         _tile_dpbf16ps(0, 4, 6);
+        do_beside<0>(beside);
         if (COLUMNS == 2) {
             LOAD_STRIP(7, b + TILE);
             _tile_dpbf16ps(1, 4, 7);
         }
+        do_beside<1>(beside);
         if (ROWS == 2) {
             LOAD_ROWS(5, a + SIDE * f.lda, stride);
             _tile_dpbf16ps(2, 5, 6);
-            if (COLUMNS == 2) _tile_dpbf16ps(3, 5, 7);
         }
-        beside();
+        do_beside<2>(beside);
+        if (ROWS == 2 && COLUMNS == 2) _tile_dpbf16ps(3, 5, 7);
+        do_beside<3>(beside);
     }
 }
 
@@ -190,9 +205,6 @@ inline void accumulate_in_turn(const Factors& f) {
 
 #undef LOAD_ROWS
 #undef LOAD_STRIP
-
-template <int COUNT>
-using Count = std::integral_constant<int, COUNT>;
 
 // what(tiles along rows, tiles along columns), each one or two, as compile-time numbers
 template <class What>

@@ -8,7 +8,7 @@ using namespace amx;
 namespace {
 
 // as in the forward pass; the rows of x are fetched early where they take no more than EARLY_BYTES
-constexpr int64_t PANEL_BYTES = 1 << 20, PANEL_ROWS = 256, EARLY_BYTES = 1 << 19;
+constexpr int64_t PANEL_BYTES = 7 << 17, PANEL_ROWS = 256, EARLY_BYTES = 1 << 19;
 // gradients of parameters are summed over blocks of rows, then over blocks: the order depends on the shape alone
 constexpr int64_t BLOCK_ROWS = 512, BLOCKS = 8;
 
@@ -206,7 +206,7 @@ class Backward {
             bf16* dz = slot.dz + i * ldh + c.slot;
             const int64_t number = at - stack.siblings[c.sibling].begin;
             multiply_narrow({du.at + i * du.ld + w.column, du.ld, w.b + number * w.steps * 2 * TILE, w.steps},
-                            rows, c.used, 1, nullptr, own.narrow, dz, ldh);
+                            {}, rows, c.used, 1, nullptr, own.narrow, dz, ldh);
             if (!c.plain) make_dz(stack, c, g.ids, row, rows, own.z + c.slot, ldh, dz, ldh);
             if (!c.plain) store_dh(c, row, rows, dz);
             transpose_rows(dz, ldh, rows, c.used, slot.dz_t + c.slot * ldt + i, ldt);

@@ -126,7 +126,14 @@ class Beside {
         int64_t count = w.count, ahead_count = soon_rows;
         const int stores = each, aheads = soon_each;
         Fetch of_strip = strip, of_rows = rows;
-        products([&]() __attribute__((always_inline)) {
+        KeepRows::Row made;
+        products([&](auto part) __attribute__((always_inline)) {
+            constexpr int PART = decltype(part)::value;
+            if constexpr (MAKING && PART == 0) made = keep.begin();
+            if constexpr (MAKING)
+                if (made.to) keep.rounds<PART == 0 ? 3 : 2 * PART + 2, PART == 3 ? 10 : 2 * PART + 4>(made);
+            if constexpr (PART < 3) return;
+            if (MAKING && made.to) keep.store(made);
             for (int i = 0; i < stores && count; ++i, --count, sums += STRIP, to += ld) {
                 __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + SIDE);
                 if (MASKED) {
@@ -139,7 +146,6 @@ class Beside {
                 __builtin_prefetch(ahead, 1, 2);
             of_strip.step();
             of_rows.step();
-            if (MAKING) keep.step();
         });
         w.sums = sums, w.masked = masked, w.masks.keep = bits, w.to = to, w.count = count;
         soon = ahead, soon_rows = ahead_count, strip = of_strip, rows = of_rows;

@@ -61,7 +61,7 @@ class Forward {
     struct Own {
         float* sums;    // [max(height, 64), 32]
         float* narrow;  // [32, 32]
-        bf16* x_hat;    // [32, lda]
+        bf16* room;     // [4, 32, 32]  steps of x̂
         std::vector<Strip> strips;
     };
     // a sibling's factors as its strips read them
@@ -98,7 +98,7 @@ class Forward {
             own.sums = scratch.take<float>(std::max<int64_t>(height, 64) * STRIP);
             own.narrow = scratch.take<float>(BLOCK);
             own.strips.resize(rows_first ? strips : 1);
-            own.x_hat = masks ? scratch.take<bf16>(32 * lda) : nullptr;
+            own.room = masks ? scratch.take<bf16>(4 * BLOCK) : nullptr;
         }
     }
 
@@ -201,13 +201,14 @@ class Forward {
         if (in.at == slot.x)
             copy_rows(f.x + (begin + row) * f.ldx, f.ldx, rows, f.K, slot.x + row * lda, lda);
         for (const Group& g : stack.groups) {
-            Left x = in.from(row);
-            if (g.mask >= 0) x = dropped(begin + row, rows, x, g.mask, slot, row, own);
+            const Left x = in.from(row);
+            const Dropped dropped = {g.mask < 0 ? nullptr : mask_of(begin + row, rows, g.mask, slot, row),
+                                     ld_keep, own.room};
             for (int64_t i = g.chunk; i < g.chunk + g.chunks; ++i) {
                 const Chunk& chunk = stack.chunks[i];
                 bf16* to = h + chunk.slot;
                 if (chunk.computed)
-                    multiply_narrow({x.at, x.ld, a + i * steps * 2 * TILE, steps}, rows, chunk.used,
+                    multiply_narrow({x.at, x.ld, a + i * steps * 2 * TILE, steps}, dropped, rows, chunk.used,
                                     g.keep_scale, c + chunk.slot, own.narrow, to, ldh);
                 else
                     for (int64_t r = 0; r < padded(rows, SIDE); ++r)
@@ -229,20 +230,15 @@ class Forward {
         }
     }
 
-    Left dropped(int64_t row, int64_t rows, const Left& x, int64_t mask, const Slot& slot, int64_t at,
-                 const Own& own) {
+    // of up to 32 rows
+    const uint32_t* mask_of(int64_t row, int64_t rows, int64_t mask, const Slot& slot, int64_t at) {
         uint32_t* keep = slot.keep[0] + (mask * height + (rows_first && alone ? 0 : at)) * ld_keep;
         if (!alone) {
             KeepRows make;
             make.start(&stack.draws[mask], 1, row, rows, f.K, keep, ld_keep, 0);
             make.finish(parts(f.K, 128));
         }
-        // rows beyond the last are zeros in x whatever their mask says
-        for (int64_t r = 0; r < padded(rows, SIDE); ++r)
-            for (int64_t w = 0; w < steps; ++w)
-                _mm512_store_si512(own.x_hat + r * lda + w * 32,
-                                   _mm512_maskz_loadu_epi16(keep[r * ld_keep + w], x.at + r * x.ld + w * 32));
-        return {own.x_hat, lda};
+        return keep;
     }
 
     // 32 columns of a sibling's y for the rows of a panel

@@ -59,14 +59,8 @@ bool is_master(const dlpack::Tensor& t) { return (is_bf16(t) || is_fp32(t)) && c
 
 uintptr_t data(const dlpack::Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) + t.byte_offset; }
 
-// x [..., K], w [N, K] of any strides, bias [N] or None, and a Segment's fields: a [R, K], b [N, R], the scale that any
-// number is right for, and what has to be left out
-bool one_lora_fits(py::handle x, py::handle w, py::handle bias, py::handle a, py::handle b, py::handle,
-                   py::handle activation, py::handle c, py::handle d, py::handle dropout, py::handle adapter,
-                   py::handle h) {
-    if (!c.is_none() || !d.is_none() || !adapter.is_none() || !h.is_none()) return false;
-    if (!PyUnicode_Check(activation.ptr()) || PyUnicode_CompareWithASCIIString(activation.ptr(), "identity"))
-        return false;
+// x [..., K], w [N, K] of any strides, bias [N] or None, a [R, K], b [N, R]
+bool one_lora_fits(py::handle x, py::handle w, py::handle bias, py::handle a, py::handle b, py::handle dropout) {
     if (!PyFloat_Check(dropout.ptr())) return false;
     const double p = PyFloat_AS_DOUBLE(dropout.ptr());
     if (!(p >= 0 && p < 1)) return false;

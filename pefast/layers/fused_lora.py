@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pefast.formats import format_of
 from pefast.layers.frozen_linear import check_compute
 from pefast.layers.lowrank import check_rate, lora_scale, master_dtype
-from pefast.ops.delta_linear import Segment, delta_linear
+from pefast.ops.delta_linear import one_lora
 
 
 class FusedLoRALinear(nn.Linear):
@@ -102,8 +102,8 @@ class FusedLoRALinear(nn.Linear):
         # straight from the dict: four look-ups through nn.Module cost 3 µs
         own = self._parameters
         rate = self.dropout if self.training else 0.0
-        segment = Segment(own["lora_a"], own["lora_b"], self.scale, dropout=rate)
-        return delta_linear(x, own["weight"], (segment,), own["bias"], compute=self.compute)
+        pair = own["lora_a"], own["lora_b"]
+        return one_lora(x, own["weight"], *pair, self.scale, rate, own["bias"], self.compute)
 
     def merged(self) -> nn.Linear:
         """A plain nn.Linear that computes the same: weight + scale · b a, in fp32 or wider, rounded once."""

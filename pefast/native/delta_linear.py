@@ -9,7 +9,7 @@ Formula: pefast/ops/delta_linear.py.
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from pefast.native import (
@@ -26,7 +26,7 @@ from pefast.native import delta_linear_cuda as cuda
 from pefast.native import delta_linear_fp32 as fp32
 from pefast.native import delta_linear_thin as thin
 from pefast.native.packs import packed_bytes as packed_bytes
-from pefast.native.sibling_linear import packed_weight
+from pefast.native.sibling_linear import packed_weight, packed_weights
 
 _HERE = C is not None and C.delta_linear_here()
 # whether csrc can look at tensors itself; an older torch does not show them
@@ -58,38 +58,39 @@ def decline(call) -> str:
     return ""
 
 
-def at_once(x: Tensor, w: Tensor, bias: Tensor | None, s) -> bool:
-    """Whether run() may have this call as it stands: the commonest, one plain LoRA in bf16 that learns.
+def at_once(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dropout: float) -> bool:
+    """Whether run() may have this LoRA as it stands: the commonest call, in bf16, that learns.
 
     It asks quickly what refuse() and decline() ask in words; a no sends the call to them.
     """
     return (
         _SEES
-        and not is_compiling()
-        and C.one_lora_fits(x, w, bias, *s)
+        # what another tracer hands in is no plain tensor, or none that csrc can see
+        and not is_dynamo_compiling()
+        and C.one_lora_fits(x, w, bias, a, b, dropout)
         and (type(w) is Parameter or type(w._base) is Parameter)
         and not (w.requires_grad or (bias is not None and bias.requires_grad))
-        and (s.a.requires_grad or s.b.requires_grad or x.requires_grad)
+        and (a.requires_grad or b.requires_grad or x.requires_grad)
         and torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def run(x, w, bias, a, b, scale, p, seed):  # x [..., K] -> y [..., N], h [M, R]
-    """The forward of a call that at_once() lets through."""
+def run(x, w, bias, a, b, scale, p, seed):  # x [..., K] -> y [..., N], h [M, R], w packed for dx
+    """The forward of a call that at_once() lets through. Where x has no gradient to come, the pack is None."""
     n, r = b.shape
     *rows, k = x.shape
     y, h = x.new_empty((*rows, n)), x.new_empty((x.numel() // k, r))
     while True:
-        packed, mark = packed_weight(w, False)
+        (packed, mark), for_dx = packed_weights(w, x.requires_grad)
         if C.one_lora_forward(x, w, bias, a, b, packed, mark, seed, y, h, scale, p, torch.get_num_threads()):
-            return y, h
+            return y, h, for_dx
         packs.drop(w)
 
 
-def run_backward(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
-    """dx, da and db of run(); None for what is not needed. dy lies without gaps."""
-    dx, packed = (torch.empty_like(x), packed_weight(w, True)[0]) if need_x else (None, None)
+def run_backward(dy, x, packed, a, b, h, scale, p, seed, need_x, need_a, need_b):
+    """dx, da and db of run(), whose pack for dx it takes; None for what is not needed. dy lies without gaps."""
+    dx = torch.empty_like(x) if need_x else None
     da = torch.empty_like(a, dtype=torch.float32) if need_a else None
     db = torch.empty_like(b, dtype=torch.float32) if need_b else None
     C.one_lora_backward(dy, x, a, b, h, packed, seed, dx, da, db, scale, p, torch.get_num_threads())

@@ -27,6 +27,17 @@ def packed(w: Tensor, form: Hashable, make: Callable[[], tuple[Tensor, int]]) ->
     return pack, mark
 
 
+def found(w: Tensor, *forms: Hashable) -> list[tuple[int, Tensor, int]] | None:
+    """The version, the pack and the mark of each form, where all of them are kept and of w as it is now."""
+    packs = getattr(w.untyped_storage(), "pefast_packs", None)
+    if not packs:
+        return None
+    place = w.data_ptr(), w.stride(), w.shape
+    all_forms = [packs.get((*place, form)) for form in forms]
+    version = 0 if w.is_inference() else w._version
+    return all_forms if all(one is not None and one[0] == version for one in all_forms) else None
+
+
 def clear(packs: dict, version: int, store) -> None:
     """Drops what was packed of a storage before a write, or where it lay before."""
     begin, end = store.data_ptr(), store.data_ptr() + store.nbytes()

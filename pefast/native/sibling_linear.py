@@ -274,6 +274,15 @@ def packed_weight(w: Tensor, for_dx: bool) -> tuple[Tensor, int]:
     return packs.packed(w, for_dx, make)
 
 
+def packed_weights(w: Tensor, and_for_dx: bool) -> tuple[tuple[Tensor, int], Tensor | None]:
+    """w packed for x wᵀ, and its mark; and for dy w, or None: one look at the storage where both are there."""
+    if and_for_dx:
+        if found := packs.found(w, False, True):
+            return found[0][1:], found[1][1]
+        return packed_weight(w, False), packed_weight(w, True)[0]
+    return packed_weight(w, False), None
+
+
 def _check_here() -> None:
     if not _HERE:
         raise RuntimeError(f"delta_linear: the native kernel cannot run: {WHY_NOT or 'it needs AMX'}")

@@ -122,12 +122,10 @@ def delta_linear(
     the call. Formula and papers: the head of this file.
     """
     segments = (segments,) if isinstance(segments, Segment) else tuple(segments)
-    if len(segments) == 1 and gain is ids is backend is None and OP.free("native"):
+    if len(segments) == 1 and gain is ids is backend is None and _plain(segments[0]):
         s = segments[0]
-        if native_hand.at_once(x, w, bias, s):
-            if s.dropout:
-                seed = dropout_op.draw_seed() if seed is None else dropout_op.as_seed(seed)
-            return _AtOnce.apply(x, s.a, s.b, (w, bias, s.scale, s.dropout, seed if s.dropout else None))
+        if (y := _at_once(x, w, s.a, s.b, s.scale, s.dropout, bias, seed)) is not None:
+            return y
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, w = x.to(dtype), w.to(dtype)
@@ -156,6 +154,36 @@ def delta_linear(
                 return _DeltaLinear.apply(call, hand, *tensors)
     y, _ = OP.hands[hand].forward(call)
     return shaped(y, x)
+
+
+def one_lora(
+    x: Tensor,  # [..., K]
+    w: Tensor,  # [N, K]
+    a: Tensor,  # [R, K]
+    b: Tensor,  # [N, R]
+    scale: float,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,  # [N]
+    compute: str | None = None,
+) -> Tensor:  # [..., N]
+    """delta_linear of one plain LoRA: the same, with less Python on its way to the commonest hand."""
+    if (y := _at_once(x, w, a, b, scale, dropout, bias, None)) is not None:
+        return y
+    return delta_linear(x, w, Segment(a, b, scale, dropout=dropout), bias, compute=compute)
+
+
+def _plain(s: Segment) -> bool:
+    """Whether a segment is a LoRA and nothing more."""
+    return s.activation == "identity" and s.c is s.d is s.adapter is s.h is None
+
+
+def _at_once(x, w, a, b, scale, dropout, bias, seed) -> Tensor | None:
+    """y where the native hand takes this LoRA as it stands."""
+    if not OP.free("native") or not native_hand.at_once(x, w, bias, a, b, dropout):
+        return None
+    if dropout:
+        seed = dropout_op.draw_seed() if seed is None else dropout_op.as_seed(seed)
+    return _apply_at_once(x, a, b, (w, bias, scale, dropout, seed if dropout else None))
 
 
 def shaped(y: Tensor, x: Tensor) -> Tensor:  # [M, N] -> [..., N]
@@ -258,7 +286,8 @@ class _AtOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, b, rest):
         w, bias, scale, p, seed = rest
-        y, h = native_hand.run(x, w, bias, a, b, scale, p, seed)
+        y, h, ctx.packed = native_hand.run(x, w, bias, a, b, scale, p, seed)
+        # w for its version alone: what was packed is right as long as nobody writes to it
         ctx.save_for_backward(x, a, b, w, h, seed)
         ctx.spec = scale, p
         return y
@@ -267,11 +296,16 @@ class _AtOnce(torch.autograd.Function):
     def backward(ctx, dy):
         if torch.is_grad_enabled():
             raise RuntimeError("delta_linear: has no second derivative; create_graph=False would be right")
-        x, a, b, w, h, seed = ctx.saved_tensors
+        x, a, b, _, h, seed = ctx.saved_tensors
         need_x, need_a, need_b, _ = ctx.needs_input_grad
         dy = dy if dy.is_contiguous() else dy.contiguous()
-        dx, da, db = native_hand.run_backward(dy, x, w, a, b, h, *ctx.spec, seed, need_x, need_a, need_b)
+        asked = seed, need_x, need_a, need_b
+        dx, da, db = native_hand.run_backward(dy, x, ctx.packed, a, b, h, *ctx.spec, *asked)
         return dx, da, db, None
+
+
+# without Function.apply's look for functorch, whose tensors at_once() has sent away
+_apply_at_once = super(torch.autograd.Function, _AtOnce).apply
 
 
 def _row_ids(ids: Tensor, x: Tensor) -> Tensor:

@@ -72,7 +72,10 @@ def reference(x: Tensor, p: float, seed: Tensor | int, stream: int = 0) -> Tenso
 
 def draw_seed() -> Tensor:  # [1]
     """A new seed, int64 on the CPU, from torch's default generator, so that torch.manual_seed fixes it."""
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
+    if torch.compiler.is_dynamo_compiling():
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
+    # the same number, in two thirds of the time; a compiler takes it for a write to what it was given
+    return torch.empty(1, dtype=torch.int64, device="cpu").random_(0, 2**63 - 1)
 
 
 def as_seed(seed: Tensor | int) -> Tensor:  # [1]

@@ -27,6 +27,11 @@ def tensors(rows=(37,), k=70, n=45, r=5, masters=torch.float32, bias=True, conv1
     }
 
 
+def asked(given: dict, dropout=0.0) -> tuple:
+    """What at_once() is asked about one call."""
+    return tuple(given[name] for name in ("x", "w", "bias", "a", "b")) + (dropout,)
+
+
 def step(given: dict, dropout=0.0, dy=None) -> dict:
     """y and the gradients of one call."""
     segment = Segment(given["a"], given["b"], 1.5, dropout=dropout)
@@ -53,7 +58,7 @@ def step(given: dict, dropout=0.0, dy=None) -> dict:
 )
 def test_the_bits_of_the_long_road(options, dropout, monkeypatch):
     given = tensors(**options)
-    assert native.at_once(given["x"], given["w"], given["bias"], Segment(given["a"], given["b"]))
+    assert native.at_once(*asked(given))
     short = step(given, dropout)
     monkeypatch.setattr(native, "_SEES", False)
     long = step(tensors(**options), dropout)
@@ -107,31 +112,45 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_whom_it_does_not_let_through(name):
     given = OTHERS[name](tensors())
-    assert not native.at_once(given["x"], given["w"], given["bias"], Segment(given["a"], given["b"]))
+    assert not native.at_once(*asked(given))
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"activation": "relu"}, {"c": torch.ones(5)}, {"d": torch.ones(45)}, {"adapter": 0}, {"dropout": 1.0}],
+    [
+        {"activation": "relu"},
+        {"c": torch.ones(5)},
+        {"d": torch.ones(45)},
+        {"adapter": 0},
+        {"a": None, "h": torch.ones(37, 5).bfloat16()},
+    ],
     ids=str,
 )
 def test_segments_that_are_no_plain_lora(changes):
     t = tensors()
-    assert not native.at_once(t["x"], t["w"], t["bias"], Segment(t["a"], t["b"])._replace(**changes))
+    segment = Segment(t["a"], t["b"])._replace(**changes)
+    ids = torch.zeros(37, dtype=torch.int64) if segment.adapter is not None else None
+    y = delta_linear(t["x"], t["w"], segment, t["bias"], ids=ids)
+    assert type(y.grad_fn).__name__ != "_AtOnceBackward"
+
+
+@pytest.mark.parametrize("dropout", [1.0, -0.1, 0, None, torch.tensor(0.1)], ids=str)
+def test_rates_that_it_does_not_take(dropout):
+    assert not native.at_once(*asked(tensors(), dropout))
 
 
 def test_contexts_that_change_the_call():
     t = tensors()
-    asked = t["x"], t["w"], t["bias"], Segment(t["a"], t["b"])
-    assert native.at_once(*asked)
+    segment = Segment(t["a"], t["b"])
+    assert native.at_once(*asked(t))
     with torch.no_grad():
-        assert not native.at_once(*asked)
+        assert not native.at_once(*asked(t))
     with torch.autocast("cpu"):
-        assert not native.at_once(*asked)
+        assert not native.at_once(*asked(t))
     with pefast.backend("eager"):
-        y = delta_linear(t["x"], t["w"], asked[3], t["bias"])
+        y = delta_linear(t["x"], t["w"], segment, t["bias"])
         assert type(y.grad_fn).__name__ != "_AtOnceBackward"
-    assert type(delta_linear(t["x"], t["w"], asked[3], t["bias"]).grad_fn).__name__ == "_AtOnceBackward"
+    assert type(delta_linear(t["x"], t["w"], segment, t["bias"]).grad_fn).__name__ == "_AtOnceBackward"
 
 
 def test_a_write_through_data_is_seen():

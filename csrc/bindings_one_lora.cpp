@@ -60,7 +60,8 @@ bool is_master(const dlpack::Tensor& t) { return (is_bf16(t) || is_fp32(t)) && c
 uintptr_t data(const dlpack::Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) + t.byte_offset; }
 
 // x [..., K], w [N, K] of any strides, bias [N] or None, a [R, K], b [N, R]
-bool one_lora_fits(py::handle x, py::handle w, py::handle bias, py::handle a, py::handle b, py::handle dropout) {
+bool one_lora_fits(py::handle x, py::handle w, py::handle bias, py::handle a, py::handle b,
+                   py::handle dropout) {
     if (!PyFloat_Check(dropout.ptr())) return false;
     const double p = PyFloat_AS_DOUBLE(dropout.ptr());
     if (!(p >= 0 && p < 1)) return false;

@@ -18,6 +18,10 @@ using namespace pefast;
 
 namespace {
 
+// whether rows and columns of this case fill whole tiles: those are read where they lie
+bool whole_tiles = false;
+int64_t whole(int64_t count) { return whole_tiles ? (count + 31) / 32 * 32 : count; }
+
 // parameters of one segment and where its gradients go; those that are there are filled with numbers
 struct SegmentCase {
     SegmentCase(int64_t M, int64_t N, int64_t K, uint32_t stream)
@@ -109,8 +113,8 @@ double y_of(const DeltaForward& f, const SiblingForward& one, const bf16* w, int
 // one layer of the case: its frozen part, its segments and its results
 struct SiblingCase {
     SiblingCase(int64_t M, int64_t K, uint32_t& stream)
-        : N(sized(1, 70, 150)),
-          lddy(N + any(0, 1) * any(0, 40)),
+        : N(whole(sized(1, 70, 150))),
+          lddy(N + any(0, 1) * whole(any(0, 40))),
           w(N * K),
           bias(N),
           gain(N),
@@ -192,7 +196,9 @@ bool right_values(const DeltaForward& f, const std::vector<std::unique_ptr<Sibli
 }
 
 bool one_case() {
-    const int64_t M = sized(0, 40, 1200), K = sized(1, 100, 600), ldx = K + any(0, 1) * any(0, 40);
+    whole_tiles = any(0, 2) == 0;
+    const int64_t M = whole(sized(0, 40, 1200)), K = whole(sized(1, 100, 600));
+    const int64_t ldx = K + any(0, 1) * whole(any(0, 40));
     Guarded<bf16> x(M ? (M - 1) * ldx + K : 0), dx(M * K);
     Guarded<int64_t> ids(M);
     fill(x.at, M, K, ldx);

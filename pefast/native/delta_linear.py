@@ -77,7 +77,7 @@ def at_once(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dro
 
 
 def run(x, w, bias, a, b, scale, p, seed):  # x [..., K] -> y [..., N], h [M, R], w packed for dx
-    """The forward of a call that at_once() lets through. Where x has no gradient to come, the pack is None."""
+    """The forward of a call that at_once() lets through. The pack is None where x has no gradient to come."""
     n, r = b.shape
     *rows, k = x.shape
     y, h = x.new_empty((*rows, n)), x.new_empty((x.numel() // k, r))
@@ -89,7 +89,7 @@ def run(x, w, bias, a, b, scale, p, seed):  # x [..., K] -> y [..., N], h [M, R]
 
 
 def run_backward(dy, x, packed, a, b, h, scale, p, seed, need_x, need_a, need_b):
-    """dx, da and db of run(), whose pack for dx it takes; None for what is not needed. dy lies without gaps."""
+    """dx, da and db of run(), whose pack it takes; None for what is not needed. dy lies without gaps."""
     dx = torch.empty_like(x) if need_x else None
     da = torch.empty_like(a, dtype=torch.float32) if need_a else None
     db = torch.empty_like(b, dtype=torch.float32) if need_b else None

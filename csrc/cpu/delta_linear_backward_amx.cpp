@@ -282,8 +282,6 @@ class Backward {
                      const Before& before) {
         const int64_t across = strips_of_x(), begin = team.begin(across), end = team.end(across);
         beside.rows = {};
-        if (sums.any_da && !rows_first)
-            beside.rows = rows_ahead(g.x, g.ldx, p.begin, p.rows, (end - begin) * parts(p.rows, 32) * steps);
         if (beside_mask())
             beside.keep.start(stack.draws.data(), stack.draws.size(), p.begin, p.rows, g.K, slot.keep[0],
                               ld_keep, height * ld_keep);
@@ -291,6 +289,9 @@ class Backward {
             Strip& strip = own.strips[rows_first ? s - begin : 0];
             columns(s, p, du, slot, strip);
             if (rows_first) continue;
+            // x for da beside the second half: what is fetched earlier is pushed out again before it is read
+            if (sums.any_da && s == (begin + end) / 2)
+                beside.rows = rows_ahead(g.x, g.ldx, p.begin, p.rows, (end - s) * parts(p.rows, 32) * steps);
             // four strips share a block of the mask; it is ready before the first of their rows is stored
             if (beside_mask()) beside.keep.finish(s / 4 + 1);
             multiply_strip(strip, own.sums, own.masked, beside);

@@ -132,7 +132,7 @@ inline void multiply_narrow(const Factors& all, const Dropped& dropped, int64_t 
         if (dropped.keep)
             accumulate_dropped<ROWS, COLUMNS>(all, dropped);
         else
-            COLUMNS == 1 ? accumulate_in_turn<ROWS>(all) : accumulate<ROWS, 2>(all);
+            COLUMNS == 1 ? accumulate_in_turn<ROWS>(all) : accumulate<ROWS, 2, Keep::rows>(all);
         store_sums<ROWS, 2>(sums);
     });
     const __mmask32 inside = first(columns);

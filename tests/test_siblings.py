@@ -9,6 +9,7 @@ from torch import nn
 import pefast
 from pefast.layers import siblings
 from pefast.native import C
+from pefast.native import sibling_linear as sibling_hand
 from pefast.ops.sibling_linear import OP
 from tests.models import build, inputs
 
@@ -36,6 +37,14 @@ def step(model, family, **more):
     out = model(**inputs(family), **more)[0]
     out.float().pow(2).mean().backward()
     return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Tiny models join as large ones do; the bound that is in force otherwise."""
+    bound = sibling_hand._FEW
+    monkeypatch.setattr(sibling_hand, "_FEW", 0)
+    return bound
 
 
 @pytest.fixture
@@ -237,3 +246,20 @@ def test_without_a_kernel_nothing_changes(joined):
         y, _ = step(model, "bert")
         assert torch.equal(y, step(adapted("bert", on=False), "bert")[0])
     assert not joined and OP.backends == ("native", "eager")
+
+
+@NEEDS_AMX
+def test_few_rows_learn_one_by_one(few, joined, monkeypatch):
+    step(adapted("llama"), "llama")
+    assert joined
+    joined.clear()
+    monkeypatch.setattr(sibling_hand, "_FEW", few)
+    model = adapted("llama")
+    step(model, "llama")
+    assert not joined
+    # the answer is remembered for inputs of that size, not for larger ones
+    monkeypatch.setattr(sibling_hand, "_FEW", 0)
+    step(model, "llama")
+    assert not joined
+    model(input_ids=inputs("llama")["input_ids"].repeat(2, 1))
+    assert joined

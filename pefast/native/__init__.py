@@ -43,13 +43,16 @@ def through_the_registry(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
 
 
+def is_plain(s) -> bool:
+    """Whether a segment is a LoRA and nothing more."""
+    return s.activation == "identity" and s.c is s.d is s.adapter is s.h is None
+
+
 def is_one_lora(call) -> bool:
-    """Whether the call is one plain LoRA beside a frozen layer."""
-    if len(call.segments) != 1 or call.gain is not None:
+    """Whether the call, or a part of one, is one plain LoRA beside a frozen layer."""
+    if len(call.segments) != 1 or call.gain is not None or not is_plain(call.segments[0]):
         return False
-    s = call.segments[0]
-    plain = s.h is None and s.activation == "identity" and s.c is None and s.d is None and s.adapter is None
-    return plain and (call.bias is None or not call.bias.requires_grad)
+    return call.bias is None or not call.bias.requires_grad
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pefast.native import ISA, WHY_NOT, C, packs, rows_of, through_the_registry
+from pefast.native import ISA, WHY_NOT, C, is_one_lora, packs, rows_of, through_the_registry
 from pefast.native import delta_linear_fp32 as fp32
 
 _HERE = C is not None and C.delta_linear_here()
@@ -92,19 +92,11 @@ def decline(call) -> str:
     if width > _WIDTH:
         return f"holds the gradients of all results in the cache, {width} columns; {_WIDTH} are the most"
     few = call.x.dtype is torch.bfloat16 and call.x.numel() * width < _FEW
-    if few and torch.is_grad_enabled() and all(_one_lora(part) for part in call.parts):
+    if few and torch.is_grad_enabled() and all(is_one_lora(part) for part in call.parts):
         return (
             f"takes more Python than layers one by one, for {call.x.numel()} numbers of x and {width} columns"
         )
     return ""
-
-
-def _one_lora(part) -> bool:
-    """Whether a part is one LoRA beside its frozen layer, and nothing more."""
-    if len(part.segments) != 1 or part.gain is not None:
-        return False
-    s = part.segments[0]
-    return s.activation == "identity" and s.c is s.d is s.adapter is s.h is None
 
 
 def forward(call) -> tuple[list[Tensor], list[Tensor | None]]:

@@ -29,6 +29,7 @@ from pefast.eager import delta_linear as eager
 from pefast.eager.activations import ACTIVATIONS
 from pefast.kernels import delta_linear as triton_hand
 from pefast.native import delta_linear as native_hand
+from pefast.native import is_plain
 from pefast.ops import dropout as dropout_op
 
 
@@ -122,7 +123,7 @@ def delta_linear(
     the call. Formula and papers: the head of this file.
     """
     segments = (segments,) if isinstance(segments, Segment) else tuple(segments)
-    if len(segments) == 1 and gain is ids is backend is None and _plain(segments[0]):
+    if len(segments) == 1 and gain is ids is backend is None and is_plain(segments[0]):
         s = segments[0]
         if (y := _at_once(x, w, s.a, s.b, s.scale, s.dropout, bias, seed)) is not None:
             return y
@@ -170,11 +171,6 @@ def one_lora(
     if (y := _at_once(x, w, a, b, scale, dropout, bias, None)) is not None:
         return y
     return delta_linear(x, w, Segment(a, b, scale, dropout=dropout), bias, compute=compute)
-
-
-def _plain(s: Segment) -> bool:
-    """Whether a segment is a LoRA and nothing more."""
-    return s.activation == "identity" and s.c is s.d is s.adapter is s.h is None
 
 
 def _at_once(x, w, a, b, scale, dropout, bias, seed) -> Tensor | None:

@@ -254,12 +254,5 @@ def test_few_rows_learn_one_by_one(few, joined, monkeypatch):
     assert joined
     joined.clear()
     monkeypatch.setattr(sibling_hand, "_FEW", few)
-    model = adapted("llama")
-    step(model, "llama")
+    step(adapted("llama"), "llama")
     assert not joined
-    # the answer is remembered for inputs of that size, not for larger ones
-    monkeypatch.setattr(sibling_hand, "_FEW", 0)
-    step(model, "llama")
-    assert not joined
-    model(input_ids=inputs("llama")["input_ids"].repeat(2, 1))
-    assert joined

@@ -39,7 +39,6 @@ class Group:
     def __init__(self, members: list[nn.Module]):
         self.members = members
         self.apart = ""  # why they no longer compute together
-        self._declined = 0
         self._forget()
 
     def __getstate__(self) -> dict:
@@ -47,7 +46,6 @@ class Group:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._declined = 0
         self._forget()
 
     def _forget(self, reference=None) -> None:
@@ -57,8 +55,6 @@ class Group:
     def take(self, member: nn.Module, x: Tensor) -> Tensor | None:
         """member(x), computed now with its siblings or a moment ago; None: it computes alone."""
         if self.apart or not _joins(x):
-            return None
-        if x.numel() <= self._declined and torch.is_grad_enabled() and x.dtype is torch.bfloat16:
             return None
         key = _key(member, x)
         if self._x is not None:
@@ -91,12 +87,7 @@ class Group:
                 ids = member.router.rows
         hand, asked = OP.hands["native"], Call(x, tuple(parts))
         # asked before a seed is drawn: each alone then draws what it would have drawn
-        if hand.refuse(asked):
-            return None
-        if hand.decline(asked):
-            if torch.is_grad_enabled():
-                # so large an x is not worth the question again: what declines it declines a smaller one
-                self._declined = max(self._declined, x.numel())
+        if hand.refuse(asked) or hand.decline(asked):
             return None
         return run(x, prepare(x, parts, ids), "native")
 

@@ -12,18 +12,16 @@ from torch import Tensor
 
 def packed(w: Tensor, form: Hashable, make: Callable[[], tuple[Tensor, int]]) -> tuple[Tensor, int]:
     """w [N, K] in one form, and its mark; from the storage, or made now by make()."""
+    if kept := found(w, form):
+        return kept[0][1:]
     store = w.untyped_storage()
     packs = getattr(store, "pefast_packs", None)
     if packs is None:
         packs = store.pefast_packs = {}
-    place = (w.data_ptr(), w.stride(), w.shape, form)
-    version = 0 if w.is_inference() else w._version
-    found = packs.get(place)
-    if found is not None and found[0] == version:
-        return found[1:]
+    version = _version(w)
     clear(packs, version, store)
     pack, mark = make()
-    packs[place] = (version, pack, mark)
+    packs[w.data_ptr(), w.stride(), w.shape, form] = (version, pack, mark)
     return pack, mark
 
 
@@ -34,8 +32,12 @@ def found(w: Tensor, *forms: Hashable) -> list[tuple[int, Tensor, int]] | None:
         return None
     place = w.data_ptr(), w.stride(), w.shape
     all_forms = [packs.get((*place, form)) for form in forms]
-    version = 0 if w.is_inference() else w._version
+    version = _version(w)
     return all_forms if all(one is not None and one[0] == version for one in all_forms) else None
+
+
+def _version(w: Tensor) -> int:
+    return 0 if w.is_inference() else w._version
 
 
 def clear(packs: dict, version: int, store) -> None:

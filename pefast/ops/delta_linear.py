@@ -177,6 +177,8 @@ def _at_once(x, w, a, b, scale, dropout, bias, seed) -> Tensor | None:
     """y where the native hand takes this LoRA as it stands."""
     if not OP.free("native") or not native_hand.at_once(x, w, bias, a, b, dropout):
         return None
+    if torch._C._are_functorch_transforms_active():
+        return None
     if dropout:
         seed = dropout_op.draw_seed() if seed is None else dropout_op.as_seed(seed)
     return _apply_at_once(x, a, b, (w, bias, scale, dropout, seed if dropout else None))
@@ -300,7 +302,7 @@ class _AtOnce(torch.autograd.Function):
         return dx, da, db, None
 
 
-# without Function.apply's look for functorch, whose tensors at_once() has sent away
+# Function.apply looks for functorch in every argument; _at_once() has asked
 _apply_at_once = super(torch.autograd.Function, _AtOnce).apply
 
 

@@ -72,48 +72,38 @@ inline void transpose_rows(const bf16* src, int64_t ld, int64_t rows, int64_t co
     }
 }
 
-// The mask of up to 32 rows of a left factor, and room [4, 32, 32] for the steps that it has been laid on.
+// The mask of up to 32 rows of a left factor, and room [2, 32, 64] for the steps that it has been laid on.
 struct Dropped {
     const uint32_t* keep;  // rows ld apart, a word for each step; null: every number lives
     int64_t ld;
     bf16* room;
 };
 
-// sums += (mask ⊙ a) times the first 16 columns of a strip, or all 32: 16 as accumulate_in_turn. A step is masked two
-// before its product, for a tile is not loaded from lines that were stored a moment ago; all steps at once would push
-// a out of the first cache.
+// sums += a times the first 16 columns of a strip, or all 32: 16 as accumulate_in_turn
+template <int ROWS, int COLUMNS>
+inline void accumulate_narrow(const Factors& f) {
+    COLUMNS == 1 ? accumulate_in_turn<ROWS>(f) : accumulate<ROWS, 2, Keep::rows>(f);
+}
+
+// the same with mask ⊙ a. Two steps are masked before the product of the two before them, for a tile is not loaded from
+// lines that were stored a moment ago; all steps at once would push a out of the first cache.
 template <int ROWS, int COLUMNS>
 inline void accumulate_dropped(const Factors& f, const Dropped& dropped) {
-    const auto lay = [&](int64_t step) {
-        const bf16* a = f.a + step * STEP;
-        const uint32_t* keep = dropped.keep + step;
-        bf16* to = dropped.room + step % 4 * BLOCK;
-        for (int64_t r = 0; r < ROWS * SIDE; ++r, a += f.lda, keep += dropped.ld, to += STEP)
-            _mm512_store_si512(to, _mm512_maskz_loadu_epi16(*keep, a));
-    };
-    const auto multiply = [&](int64_t step, auto turn) {
-        const bf16 *a = dropped.room + step % 4 * BLOCK, *b = f.strip + step * 2 * TILE;
-        _tile_loadd(4, a, 64);
-        _tile_loadd(6, b, 64);
-        if (COLUMNS == 2) _tile_loadd(7, b + TILE, 64);
-        if (ROWS == 2) _tile_loadd(5, a + SIDE * STEP, 64);
-        if (COLUMNS == 2 || decltype(turn)::value == 0) {
-            _tile_dpbf16ps(0, 4, 6);
-            if (ROWS == 2) _tile_dpbf16ps(2, 5, 6);
-            if (COLUMNS == 2) _tile_dpbf16ps(1, 4, 7);
-            if (COLUMNS == 2 && ROWS == 2) _tile_dpbf16ps(3, 5, 7);
-        } else {
-            _tile_dpbf16ps(1, 4, 6);
-            if (ROWS == 2) _tile_dpbf16ps(3, 5, 6);
+    const auto room = [&](int64_t step) { return dropped.room + step / 2 % 2 * 2 * BLOCK; };
+    const auto lay = [&](int64_t begin) {
+        for (int64_t step = begin; step < std::min(begin + 2, f.steps); ++step) {
+            const bf16* a = f.a + step * STEP;
+            const uint32_t* keep = dropped.keep + step;
+            bf16* to = room(step) + step % 2 * STEP;
+            for (int64_t r = 0; r < ROWS * SIDE; ++r, a += f.lda, keep += dropped.ld, to += 2 * STEP)
+                _mm512_store_si512(to, _mm512_maskz_loadu_epi16(*keep, a));
         }
     };
-    for (int64_t step = 0; step < std::min<int64_t>(f.steps, 2); ++step) lay(step);
+    lay(0);
     for (int64_t step = 0; step < f.steps; step += 2) {
-        if (step + 2 < f.steps) lay(step + 2);
-        multiply(step, Count<0>());
-        if (step + 1 == f.steps) break;
-        if (step + 3 < f.steps) lay(step + 3);
-        multiply(step + 1, Count<1>());
+        lay(step + 2);
+        accumulate_narrow<ROWS, COLUMNS>(
+            {room(step), 2 * STEP, f.strip + step * 2 * TILE, std::min<int64_t>(f.steps - step, 2)});
     }
 }
 
@@ -129,10 +119,8 @@ inline void multiply_narrow(const Factors& all, const Dropped& dropped, int64_t 
     sized(rows, columns, [&](auto tall, auto wide) {
         constexpr int ROWS = decltype(tall)::value, COLUMNS = decltype(wide)::value;
         clear_sums<ROWS, 2>();
-        if (dropped.keep)
-            accumulate_dropped<ROWS, COLUMNS>(all, dropped);
-        else
-            COLUMNS == 1 ? accumulate_in_turn<ROWS>(all) : accumulate<ROWS, 2, Keep::rows>(all);
+        dropped.keep ? accumulate_dropped<ROWS, COLUMNS>(all, dropped)
+                     : accumulate_narrow<ROWS, COLUMNS>(all);
         store_sums<ROWS, 2>(sums);
     });
     const __mmask32 inside = first(columns);

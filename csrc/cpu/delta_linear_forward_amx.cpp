@@ -61,7 +61,7 @@ class Forward {
     struct Own {
         float* sums;    // [max(height, 64), 32]
         float* narrow;  // [32, 32]
-        bf16* room;     // [4, 32, 32]  steps of x̂
+        bf16* room;     // [2, 32, 64]  steps of x̂
         std::vector<Strip> strips;
     };
     // a sibling's factors as its strips read them

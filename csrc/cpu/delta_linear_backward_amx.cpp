@@ -8,8 +8,8 @@ using namespace amx;
 namespace {
 
 // as in the forward pass, a little lower: 0.94 to 0.98 of the time where N or K is 2048 or more. The rows of x are fetched
-// early where they take no more than EARLY_BYTES.
-constexpr int64_t PANEL_BYTES = 7 << 17, PANEL_ROWS = 256, EARLY_BYTES = 1 << 19;
+// early where they take no more than EARLY_BYTES; ROOM_BYTES are what the second cache keeps.
+constexpr int64_t PANEL_BYTES = 7 << 17, PANEL_ROWS = 256, EARLY_BYTES = 1 << 19, ROOM_BYTES = 9 * 200 << 10;
 // gradients of parameters are summed over blocks of rows, then over blocks: the order depends on the shape alone
 constexpr int64_t BLOCK_ROWS = 512, BLOCKS = 8;
 
@@ -38,6 +38,7 @@ class Backward {
         alone = blocks >= threads;
         height = std::clamp<int64_t>(padded(g.M, 32), 32, most);
         ldt = spread(height);
+        one_panel = threads == 1 && g.M > 0 && g.M <= height;
         rows_first = steps <= CHUNK && wide.size() == 1;
         in_place = rows_first && !g.siblings[0].gain.data &&
                    lies_right(g.siblings[0].dy, g.siblings[0].lddy, g.siblings[0].N);
@@ -58,6 +59,11 @@ class Backward {
             panel(p, next, us, slot, owns[team.rank], beside);
         }
         team.wait();
+        if (!one_panel) {
+            for (int64_t s = team.begin(strips_of_x()); sums.any_da && s < team.end(strips_of_x()); ++s)
+                sums.finish_da(s);
+            each_strip(team, [&](size_t i, int64_t s) { sums.finish_db(i, s); });
+        }
         sums.finish(team);
     }
 
@@ -104,7 +110,7 @@ class Backward {
         Scratch& scratch = Scratch::of_this_thread();
         const int64_t chunks = stack.chunks.size(), masks = stack.draws.size();
         a = scratch.take<bf16>(chunks * STEP * padded(g.K, STRIP));
-        sums.take_memory(scratch, blocks);
+        sums.take_memory(scratch, blocks, one_panel);
         for (size_t i = 0; i < wide.size(); ++i) {
             const SiblingBackward& one = g.siblings[i];
             Wide& w = wide[i];
@@ -178,19 +184,28 @@ class Backward {
                 const int64_t block_steps = strips_of_x() * steps,
                               these = std::min<int64_t>(p.rows - row, 32);
                 if (here) beside.rows = rows_ahead(one.dy, one.lddy, after, rows, block_steps);
-                if (sums.any_da) beside.strip = rows_ahead(g.x, g.ldx, p.begin + row, these, block_steps);
+                if (sums.any_da) beside.more = rows_ahead(g.x, g.ldx, p.begin + row, these, block_steps);
             });
-        const int64_t across = parts(g.K, STRIP);
-        for (int64_t s = team.begin(across); sums.any_da && s < team.end(across); ++s)
+        for (int64_t s = team.begin(strips_of_x()); sums.any_da && s < team.end(strips_of_x()); ++s) {
             sum_da(s, p, slot, own);
+            if (one_panel) sums.finish_da(s);
+        }
+        each_strip(team, [&](size_t i, int64_t s) {
+            sum_db(i, s, p, du, slot, own);
+            if (one_panel) sums.finish_db(i, s);
+        });
+        if (sums.any_dc) sums.add_dc(slot.dz_t, ldt, p, team);
+        team.wait();
+    }
+
+    // what(sibling, strip) for a thread's share of all columns of du
+    template <class What>
+    void each_strip(Team team, const What& what) const {
         for (size_t i = 0; i < wide.size(); ++i) {
             const int64_t before = wide[i].first_strip, count = parts(g.siblings[i].N, STRIP);
             const int64_t end = std::min(team.end(strips) - before, count);
-            for (int64_t s = std::max<int64_t>(team.begin(strips) - before, 0); s < end; ++s)
-                sum_db(i, s, p, du, slot, own);
+            for (int64_t s = std::max<int64_t>(team.begin(strips) - before, 0); s < end; ++s) what(i, s);
         }
-        if (sums.any_dc) sums.add_dc(slot.dz_t, ldt, p, team);
-        team.wait();
     }
 
     // for up to 32 rows of a panel: du, dz, h, the masks, and the transposes of h and dz
@@ -271,9 +286,10 @@ class Backward {
     int64_t strips_of_x() const { return parts(g.K, STRIP); }
 
     // so many rows, to be fetched beside so many steps
-    static Fetch rows_ahead(const bf16* at, int64_t ld, int64_t begin, int64_t rows, int64_t steps_before) {
+    static Fetch<1> rows_ahead(const bf16* at, int64_t ld, int64_t begin, int64_t rows,
+                               int64_t steps_before) {
         const int64_t bytes = std::max<int64_t>(rows, 0) * ld * 2;
-        return Fetch(at + begin * ld, bytes <= EARLY_BYTES ? bytes : 0, steps_before);
+        return Fetch<1>(at + begin * ld, bytes <= EARLY_BYTES ? bytes : 0, steps_before);
     }
 
     // dx for the rows of a panel; before(row) comes before each block of rows where the strips pass by it
@@ -285,12 +301,16 @@ class Backward {
         if (beside_mask())
             beside.keep.start(stack.draws.data(), stack.draws.size(), p.begin, p.rows, g.K, slot.keep[0],
                               ld_keep, height * ld_keep);
+        // x for da comes late, for what is fetched earlier is pushed out again by the weight: so many strips before the
+        // end that these, du and x fit into the second cache
+        const int64_t room = ROOM_BYTES - p.rows * (lda + g.ldx) * 2, each = steps * 4 * TILE;
+        const int64_t most = std::max<int64_t>((end - begin) / 2, 1);
+        const int64_t late = end - std::clamp<int64_t>(room / each, (end - begin) / 16 + 1, most);
         for (int64_t s = begin; s < end; ++s) {
             Strip& strip = own.strips[rows_first ? s - begin : 0];
             columns(s, p, du, slot, strip);
             if (rows_first) continue;
-            // x for da beside the second half: what is fetched earlier is pushed out again before it is read
-            if (sums.any_da && s == (begin + end) / 2)
+            if (sums.any_da && s == late)
                 beside.rows = rows_ahead(g.x, g.ldx, p.begin, p.rows, (end - s) * parts(p.rows, 32) * steps);
             // four strips share a block of the mask; it is ready before the first of their rows is stored
             if (beside_mask()) beside.keep.finish(s / 4 + 1);
@@ -365,6 +385,7 @@ class Backward {
     bool needs_dh, needs_h;
     int64_t lda = 0, strips = 0, steps = 0, block_rows, blocks, height, ldt;
     bool alone;       // each block is one thread's
+    bool one_panel;   // and one thread: the sums of a strip are complete when it has passed
     bool rows_first;  // the strips pass by each block of rows
     bool in_place;    // dy as it lies can be the left factor
     bf16* a;          // [strips, chunks, 2 tiles]

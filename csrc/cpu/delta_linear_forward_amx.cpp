@@ -152,10 +152,10 @@ class Forward {
     }
 
     // so many rows of x from `begin` on, to be fetched beside so many steps
-    Fetch rows_ahead(int64_t begin, int64_t rows, int64_t steps_before) const {
+    Fetch<1> rows_ahead(int64_t begin, int64_t rows, int64_t steps_before) const {
         begin = std::min(begin, f.M);
         const int64_t bytes = std::min(rows, f.M - begin) * f.ldx * 2;
-        return Fetch(f.x + begin * f.ldx, bytes <= EARLY_BYTES ? bytes : 0, steps_before);
+        return Fetch<1>(f.x + begin * f.ldx, bytes <= EARLY_BYTES ? bytes : 0, steps_before);
     }
 
     void panel(int64_t index, int64_t next, Team team, Slot& slot, Own& own, Beside& beside) {

@@ -40,8 +40,8 @@ struct Fp32Rows {
 // mask, and fetching what comes next.
 class Fp32Beside {
   public:
-    Fetch strip;    // the next strip of the weight
-    KeepRows keep;  // of this panel, or of the next
+    Fetch<4> strip;  // the next strip of the weight
+    KeepRows keep;   // of this panel, or of the next
 
     // before a block of rows that takes so many products
     void plan(int64_t products) {

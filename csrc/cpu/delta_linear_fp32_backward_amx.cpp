@@ -235,8 +235,8 @@ class Backward {
             s.to.keep = slot.keep + layer.mask * height * ld_keep + strip;
             s.to.ld_keep = ld_keep, s.to.keep_scale = layer.g->lora.keep_scale;
         }
-        beside.strip = Fetch(w + steps * 2 * TILE * P, k + STRIP < g.K ? s.main.steps * 4 * TILE * P : 0,
-                             parts(p.rows, 32) * s.main.steps * PRODUCTS<P>);
+        beside.strip = Fetch<4>(w + steps * 2 * TILE * P, k + STRIP < g.K ? s.main.steps * 4 * TILE * P : 0,
+                                parts(p.rows, 32) * s.main.steps * PRODUCTS<P>);
         s.sums = slot.sums + (many ? strip : rank) * height * STRIP;
         multiply_strip_parts<P>(s, own.blocks, beside);
     }

@@ -219,8 +219,8 @@ class Forward {
         s.to.ld = g.N, s.to.inside = first(g.N - n);
         const bool more = index + 1 < static_cast<int64_t>(strips.size());
         beside.strip =
-            Fetch(more ? strip_of(strips[index + 1], step) : nullptr, more ? s.main.steps * 4 * TILE * P : 0,
-                  parts(rows, 32) * s.main.steps * PRODUCTS<P>);
+            Fetch<4>(more ? strip_of(strips[index + 1], step) : nullptr,
+                     more ? s.main.steps * 4 * TILE * P : 0, parts(rows, 32) * s.main.steps * PRODUCTS<P>);
         s.sums = slot.sums + (stretches.count > 1 ? index : rank) * height * STRIP;
         multiply_strip_parts<P>(s, own.blocks, beside);
     }

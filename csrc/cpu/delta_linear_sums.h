@@ -33,10 +33,12 @@ class ParameterSums {
     const Gradients& asked(const Place& p) const { return g.siblings[p.sibling].gradients[p.number]; }
     bool columns_of(size_t sibling) const { return g.siblings[sibling].dbias || g.siblings[sibling].dgain; }
 
-    void take_memory(Scratch& scratch, int64_t count) {
-        blocks = count;
-        da = scratch.take<float>(any_da ? blocks * da_size : 0);
-        db = scratch.take<float>(any_db ? blocks * db_size : 0);
+    // `by_strip`: each strip is finished before the next begins, so one has room enough
+    void take_memory(Scratch& scratch, int64_t count, bool by_strip) {
+        blocks = count, one_strip = by_strip;
+        const auto size = [&](int64_t all) { return one_strip ? stack.rows * STRIP : blocks * all; };
+        da = scratch.take<float>(any_da ? size(da_size) : 0);
+        db = scratch.take<float>(any_db ? size(db_size) : 0);
         dc = scratch.take<float>(any_dc ? blocks * stack.slots : 0);
         for (size_t i = 0; i < of.size(); ++i) {
             const int64_t size = columns_of(i) ? blocks * padded(g.siblings[i].N, STRIP) : 0;
@@ -46,11 +48,13 @@ class ParameterSums {
 
     // 32 columns of da of every slot [slots, 32], and of db of a sibling's slots
     float* da_strip(int64_t block, int64_t strip) const {
-        return da + block * da_size + strip * STRIP * stack.rows;
+        return one_strip ? da : da + block * da_size + strip * STRIP * stack.rows;
     }
     float* db_strip(int64_t block, size_t sibling, int64_t strip) const {
         const int64_t before = rows_before(stack.siblings[sibling].begin);
-        return db + block * db_size + of[sibling].db + (strip * of[sibling].rows - before) * STRIP;
+        const int64_t at =
+            one_strip ? 0 : block * db_size + of[sibling].db + strip * of[sibling].rows * STRIP;
+        return db + at - before * STRIP;
     }
 
     // chunks of a strip += waist_t [slots, ldt] times 32 columns of a panel's rows; pair(row, tiles) packs 32 rows of
@@ -115,13 +119,26 @@ class ParameterSums {
         }
     }
 
-    // all blocks together, to where they were asked for
+    // all blocks together, to where they were asked for: 32 columns of da
+    void finish_da(int64_t strip) const {
+        for (const Place& place : stack.places)
+            if (float* to = asked(place).da) finish_da(place, strip, to);
+    }
+
+    // of a sibling's db and dd
+    void finish_db(size_t sibling, int64_t strip) const {
+        for (const Place& place : stack.places) {
+            const Gradients& to = asked(place);
+            if (place.sibling != static_cast<int64_t>(sibling)) continue;
+            if (to.db) finish_db(place, place.slot, place.s->R, strip, to.db);
+            if (to.dd) finish_db(place, place.ones, 1, strip, to.dd);
+        }
+    }
+
+    // and the small ones
     void finish(Team team) const {
         for (const Place& place : stack.places) {
             const Gradients& to = asked(place);
-            if (to.da) finish_da(place, to.da, team);
-            if (to.db) finish_db(place, place.slot, place.s->R, to.db, team);
-            if (to.dd) finish_db(place, place.ones, 1, to.dd, team);
             for (int64_t r = team.begin(place.s->R); to.dc && r < team.end(place.s->R); ++r) {
                 to.dc[r] = 0;
                 for (int64_t i = 0; i < blocks; ++i) to.dc[r] += dc[i * stack.slots + place.slot + r];
@@ -155,31 +172,30 @@ class ParameterSums {
         return sum;
     }
 
-    void finish_da(const Place& place, float* to, Team team) const {
+    void finish_da(const Place& place, int64_t strip, float* to) const {
         const __m512 scale = _mm512_set1_ps(place.s->keep_scale);
-        const int64_t halves = parts(g.K, SIDE);
-        for (int64_t half = team.begin(halves); half < team.end(halves); ++half) {
-            const __mmask16 inside = static_cast<__mmask16>(first(std::min(g.K - half * SIDE, SIDE)));
-            const float* strip = da_strip(0, half / 2) + half % 2 * SIDE;
+        for (int64_t k = strip * STRIP; k < std::min((strip + 1) * STRIP, g.K); k += SIDE) {
+            const __mmask16 inside = static_cast<__mmask16>(first(std::min(g.K - k, SIDE)));
+            const float* sums = da_strip(0, strip) + k % STRIP;
             for (int64_t r = 0; r < place.s->R; ++r)
-                _mm512_mask_storeu_ps(to + r * g.K + half * SIDE, inside,
-                                      _mm512_mul_ps(over_blocks(strip, place.slot + r, da_size), scale));
+                _mm512_mask_storeu_ps(to + r * g.K + k, inside,
+                                      _mm512_mul_ps(over_blocks(sums, place.slot + r, da_size), scale));
         }
     }
 
     // rows of dbᵀ from a slot on, turned: to [N, R]
-    void finish_db(const Place& place, int64_t slot, int64_t R, float* to, Team team) const {
+    void finish_db(const Place& place, int64_t slot, int64_t R, int64_t strip, float* to) const {
         const __m512 scale = _mm512_set1_ps(place.s->scale);
-        const int64_t N = g.siblings[place.sibling].N, halves = parts(N, SIDE);
-        for (int64_t half = team.begin(halves); half < team.end(halves); ++half) {
-            const float* strip = db_strip(0, place.sibling, half / 2) + half % 2 * SIDE;
+        const int64_t N = g.siblings[place.sibling].N;
+        for (int64_t n = strip * STRIP; n < std::min((strip + 1) * STRIP, N); n += SIDE) {
+            const float* sums = db_strip(0, place.sibling, strip) + n % STRIP;
             for (int64_t r = 0; r < R; r += SIDE) {
-                const int64_t count = std::min(R - r, SIDE), n = half * SIDE;
+                const int64_t count = std::min(R - r, SIDE);
                 __m512i v[16];
 #pragma GCC unroll 16
                 for (int64_t i = 0; i < 16; ++i)
                     v[i] = i < count ? _mm512_castps_si512(
-                                           _mm512_mul_ps(over_blocks(strip, slot + r + i, db_size), scale))
+                                           _mm512_mul_ps(over_blocks(sums, slot + r + i, db_size), scale))
                                      : _mm512_setzero_si512();
                 transpose(v);
                 const __mmask16 inside = static_cast<__mmask16>(first(count));
@@ -200,6 +216,7 @@ class ParameterSums {
 
     const DeltaBackward& g;
     const Stack& stack;
+    bool one_strip = false;
     int64_t blocks = 0, da_size = 0, db_size = 0;
     float *da = nullptr, *db = nullptr,
           *dc = nullptr;  // [blocks, strips, slots, 32], so each sibling's; [blocks, slots]

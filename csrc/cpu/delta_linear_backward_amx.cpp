@@ -59,11 +59,6 @@ class Backward {
             panel(p, next, us, slot, owns[team.rank], beside);
         }
         team.wait();
-        if (!one_panel) {
-            for (int64_t s = team.begin(strips_of_x()); sums.any_da && s < team.end(strips_of_x()); ++s)
-                sums.finish_da(s);
-            each_strip(team, [&](size_t i, int64_t s) { sums.finish_db(i, s); });
-        }
         sums.finish(team);
     }
 
@@ -190,22 +185,16 @@ class Backward {
             sum_da(s, p, slot, own);
             if (one_panel) sums.finish_da(s);
         }
-        each_strip(team, [&](size_t i, int64_t s) {
-            sum_db(i, s, p, du, slot, own);
-            if (one_panel) sums.finish_db(i, s);
-        });
-        if (sums.any_dc) sums.add_dc(slot.dz_t, ldt, p, team);
-        team.wait();
-    }
-
-    // what(sibling, strip) for a thread's share of all columns of du
-    template <class What>
-    void each_strip(Team team, const What& what) const {
         for (size_t i = 0; i < wide.size(); ++i) {
             const int64_t before = wide[i].first_strip, count = parts(g.siblings[i].N, STRIP);
             const int64_t end = std::min(team.end(strips) - before, count);
-            for (int64_t s = std::max<int64_t>(team.begin(strips) - before, 0); s < end; ++s) what(i, s);
+            for (int64_t s = std::max<int64_t>(team.begin(strips) - before, 0); s < end; ++s) {
+                sum_db(i, s, p, du, slot, own);
+                if (one_panel) sums.finish_db(i, s);
+            }
         }
+        if (sums.any_dc) sums.add_dc(slot.dz_t, ldt, p, team);
+        team.wait();
     }
 
     // for up to 32 rows of a panel: du, dz, h, the masks, and the transposes of h and dz

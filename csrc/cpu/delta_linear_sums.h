@@ -135,8 +135,14 @@ class ParameterSums {
         }
     }
 
-    // and the small ones
+    // and what was not finished by strip
     void finish(Team team) const {
+        const int64_t across = any_da && !one_strip ? parts(g.K, STRIP) : 0;
+        for (int64_t s = team.begin(across); s < team.end(across); ++s) finish_da(s);
+        for (size_t i = 0; i < of.size() && !one_strip; ++i) {
+            const int64_t down = parts(g.siblings[i].N, STRIP);
+            for (int64_t s = team.begin(down); s < team.end(down); ++s) finish_db(i, s);
+        }
         for (const Place& place : stack.places) {
             const Gradients& to = asked(place);
             for (int64_t r = team.begin(place.s->R); to.dc && r < team.end(place.s->R); ++r) {

@@ -119,14 +119,15 @@ class ParameterSums {
         }
     }
 
-    // all blocks together, to where they were asked for: 32 columns of da
-    void finish_da(int64_t strip) const {
+    // all blocks together, to where they were asked for: 32 columns of da. Out of line, like finish_db: inside the walk
+    // over the strips it cost 3 % of the backward pass at 64 rows.
+    __attribute__((noinline)) void finish_da(int64_t strip) const {
         for (const Place& place : stack.places)
             if (float* to = asked(place).da) finish_da(place, strip, to);
     }
 
     // of a sibling's db and dd
-    void finish_db(size_t sibling, int64_t strip) const {
+    __attribute__((noinline)) void finish_db(size_t sibling, int64_t strip) const {
         for (const Place& place : stack.places) {
             const Gradients& to = asked(place);
             if (place.sibling != static_cast<int64_t>(sibling)) continue;

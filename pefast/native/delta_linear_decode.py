@@ -85,17 +85,11 @@ class Plan:
 
 def _copy(t: Tensor, form) -> tuple[Tensor, int]:
     """t as the kernel reads it, and the mark of t; from its storage, or made now."""
-    store = t.untyped_storage()
-    copies = getattr(store, "pefast_packs", None)
-    if copies is None:
-        copies = store.pefast_packs = {}
-    place = (t.data_ptr(), t.shape, t.dtype, form)
-    found = copies.get(place)
-    if found is None or found[0] != t._version:
-        packs.clear(copies, t._version, store)
-        mark = C.parameter_mark(t.data_ptr(), t.numel() * t.element_size())
-        found = copies[place] = (t._version, form(t.detach()), mark)
-    return found[1:]
+
+    def make():
+        return form(t.detach()), C.parameter_mark(t.data_ptr(), t.numel() * t.element_size())
+
+    return packs.packed(t, (t.dtype, form), make)
 
 
 def _rows(a: Tensor) -> Tensor:  # [R, K]

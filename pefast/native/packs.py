@@ -12,28 +12,27 @@ from torch import Tensor
 
 def packed(w: Tensor, form: Hashable, make: Callable[[], tuple[Tensor, int]]) -> tuple[Tensor, int]:
     """w [N, K] in one form, and its mark; from the storage, or made now by make()."""
-    if kept := found(w, form):
-        return kept[0][1:]
+    if kept := found(w).get(form):
+        return kept
     store = w.untyped_storage()
     packs = getattr(store, "pefast_packs", None)
     if packs is None:
         packs = store.pefast_packs = {}
     version = _version(w)
     clear(packs, version, store)
-    pack, mark = make()
-    packs[w.data_ptr(), w.stride(), w.shape, form] = (version, pack, mark)
-    return pack, mark
+    kept = make()
+    packs.setdefault((w.data_ptr(), w.stride(), w.shape), (version, {}))[1][form] = kept
+    return kept
 
 
-def found(w: Tensor, *forms: Hashable) -> list[tuple[int, Tensor, int]] | None:
-    """The version, the pack and the mark of each form, where all of them are kept and of w as it is now."""
+def found(w: Tensor) -> dict[Hashable, tuple[Tensor, int]]:
+    """The pack and the mark of each form that is kept of w as it is now."""
     packs = getattr(w.untyped_storage(), "pefast_packs", None)
-    if not packs:
-        return None
-    place = w.data_ptr(), w.stride(), w.shape
-    all_forms = [packs.get((*place, form)) for form in forms]
-    version = _version(w)
-    return all_forms if all(one is not None and one[0] == version for one in all_forms) else None
+    if packs is not None and (kept := packs.get((w.data_ptr(), w.stride(), w.shape))):
+        version, forms = kept
+        if version == _version(w):
+            return forms
+    return {}
 
 
 def _version(w: Tensor) -> int:
@@ -50,10 +49,9 @@ def clear(packs: dict, version: int, store) -> None:
 def room(w: Tensor, form: Hashable, size: int) -> bool:
     """Whether w is packed in this form, or a pack of so many bytes leaves a quarter of the memory free."""
     packs = getattr(w.untyped_storage(), "pefast_packs", {})
-    if (w.data_ptr(), w.stride(), w.shape, form) in packs:
-        return True
     # a pack of where it lay before gives its room to the next
-    if any(place[1:] == (w.stride(), w.shape, form) for place in packs):
+    like = w.stride(), w.shape
+    if any(place[1:] == like and form in forms for place, (_, forms) in packs.items()):
         return True
     free, whole = _memory()
     return free - size > whole / 4
@@ -74,4 +72,4 @@ def drop(w: Tensor) -> None:
 def packed_bytes(w: Tensor) -> int:
     """How much memory the packs of this weight take now."""
     packs = getattr(w.untyped_storage(), "pefast_packs", {})
-    return sum(pack.numel() * pack.element_size() for _, pack, _ in packs.values())
+    return sum(pack.nbytes for _, forms in packs.values() for pack, _ in forms.values())

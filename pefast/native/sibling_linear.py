@@ -285,8 +285,9 @@ def packed_weight(w: Tensor, for_dx: bool) -> tuple[Tensor, int]:
 def packed_weights(w: Tensor, and_for_dx: bool) -> tuple[tuple[Tensor, int], Tensor | None]:
     """w packed for x wᵀ, and its mark; and for dy w, or None. One look at the storage where all is there."""
     if and_for_dx:
-        if found := packs.found(w, False, True):
-            return found[0][1:], found[1][1]
+        found = packs.found(w)
+        if True in found and False in found:
+            return found[False], found[True][0]
         return packed_weight(w, False), packed_weight(w, True)[0]
     return packed_weight(w, False), None
 

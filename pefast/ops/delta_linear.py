@@ -302,8 +302,8 @@ class _AtOnce(torch.autograd.Function):
         return dx, da, db, None
 
 
-# Function.apply looks for functorch in every argument; _at_once() has asked. On its way back PyTorch asks each time
-# in which of its ways a Function says how to; this one has the plain one.
+# Function.apply looks for functorch in every argument; _at_once() has asked. On its way back PyTorch asks
+# each time in which of its ways a Function says how to; this one has the plain one.
 _apply_at_once = super(torch.autograd.Function, _AtOnce).apply
 _AtOnce._backward_cls.apply = _AtOnce.backward
 

@@ -31,11 +31,14 @@ inline bool lies_right(const bf16* at, int64_t ld, int64_t columns) {
     return columns % STEP == 0 && ld % STEP == 0 && reinterpret_cast<uintptr_t>(at) % 64 == 0;
 }
 
-// 32 rows at most, columns and rows filled up with zeros to full tiles
+// 32 rows at most, columns and rows filled up with zeros to full tiles; four rows at a time, which are in four pages
 inline void copy_rows(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, bf16* to, int64_t ld) {
-    for (int64_t r = 0; r < padded(rows, SIDE); ++r, x += ldx, to += ld)
+    for (int64_t r = 0; r < padded(rows, SIDE); r += 4, x += 4 * ldx, to += 4 * ld)
         for (int64_t c = 0; c < columns; c += 32)
-            _mm512_store_si512(to + c, _mm512_maskz_loadu_epi16(r < rows ? first(columns - c) : 0, x + c));
+            for (int64_t i = 0; i < 4; ++i) {
+                const __mmask32 inside = r + i < rows ? first(columns - c) : 0;
+                _mm512_store_si512(to + i * ld + c, _mm512_maskz_loadu_epi16(inside, x + i * ldx + c));
+            }
 }
 
 // 32 sums in fp32, rounded

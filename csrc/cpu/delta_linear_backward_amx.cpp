@@ -178,6 +178,7 @@ class Backward {
                 // dy of the next rows, and x of these for da
                 const int64_t block_steps = strips_of_x() * steps,
                               these = std::min<int64_t>(p.rows - row, 32);
+                beside.foresee(g.dx + after * g.K, std::max<int64_t>(rows, 0) * g.K, block_steps);
                 if (here) beside.rows = rows_ahead(one.dy, one.lddy, after, rows, block_steps);
                 if (sums.any_da) beside.more = rows_ahead(g.x, g.ldx, p.begin + row, these, block_steps);
             });

@@ -57,8 +57,14 @@ class Beside {
     // before a block of rows that takes so many steps; its result will go to these rows
     void plan(int64_t steps, bf16* to, int64_t ld, int64_t rows) {
         each = static_cast<int>(parts(waiting().count, std::max<int64_t>(steps, 1)));
-        soon = to, soon_ld = ld, soon_rows = rows;
-        soon_each = static_cast<int>(parts(rows, std::max<int64_t>(steps, 1)));
+        if (!foreseen) expect(to, ld, rows, steps);
+    }
+
+    // whole rows of a result that come next, so many numbers as they lie: memory brings them sooner than a line of each
+    // row, 0.90 to 0.95 of forward at K=N=384
+    void foresee(bf16* to, int64_t numbers, int64_t steps) {
+        foreseen = true;
+        expect(to, STRIP, parts(numbers, STRIP), steps);
     }
 
     void operator()() {
@@ -119,6 +125,12 @@ class Beside {
     }
 
   private:
+    // a line of each of so many rows, beside so many steps
+    void expect(bf16* to, int64_t ld, int64_t rows, int64_t steps) {
+        soon = to, soon_ld = ld, soon_rows = rows;
+        soon_each = static_cast<int>(parts(rows, std::max<int64_t>(steps, 1)));
+    }
+
     // one mask at most and no gain: all that a step reads in registers. Written back at every step it cost 3 to 5 of
     // 100 at 512 x 384 x 384.
     template <Keep KEEP, bool MASKED, bool MAKING, class Products>
@@ -225,6 +237,7 @@ class Beside {
     int now = 0, held = 0;
     bf16* soon = nullptr;
     int64_t soon_ld = 0, soon_rows = 0;
+    bool foreseen = false;  // the lines to be written are those of the next rows
     int each = 0, soon_each = 0;
 };
 

@@ -190,6 +190,9 @@ class Forward {
             next_masks(after, std::min<int64_t>(f.M - after, 32), slot, beside);
             waist_of(row);
             beside.rows = rows_ahead(after, 32, strips * steps);
+            const SiblingForward& one = f.siblings[0];
+            const int64_t count = std::clamp<int64_t>(f.M - after, 0, 32) * one.N;
+            if (wide.size() == 1) beside.foresee(one.y + std::min(after, f.M) * one.N, count, strips * steps);
         });
         beside.finish();
         team.wait();

@@ -123,6 +123,18 @@ def test_packs_follow_writes_and_leave_with_the_weight():
     assert gone() is None
 
 
+@pytest.mark.parametrize("at", [0, 1, 777, -1])
+def test_a_write_of_one_number_is_seen(at):
+    # most numbers are not among those by which a pack is known
+    call, dy = make_call((8, 64, 96, 4))
+    run(call, dy)
+    with torch.no_grad():
+        call.w.view(-1)[at] += 4
+    anew = call._replace(w=torch.nn.Parameter(call.w.detach().clone(), requires_grad=False))
+    seen, right = run(call, dy), run(anew, dy)
+    assert all(torch.equal(seen[name], right[name]) for name in ("y", "dx"))
+
+
 def test_refusals_are_words():
     call, _ = make_call((4, 32, 24, 2))
     s = call.segments[0]

@@ -10,7 +10,7 @@ namespace {
 // as in the forward pass, a little lower: 0.94 to 0.98 of the time where N or K is 2048 or more. The rows of x are fetched
 // early where they take no more than EARLY_BYTES; ROOM_BYTES are what the second cache keeps. Where strips pass by rows,
 // 128 rows: da and db then find more of x and dy there (0.95 to 0.98 of the time at 384 columns).
-constexpr int64_t PANEL_BYTES = 7 << 17, PANEL_ROWS = 256, EARLY_BYTES = 1 << 19, ROOM_BYTES = 9 * 200 << 10;
+constexpr int64_t PANEL_BYTES = 7 << 17, PANEL_ROWS = 256, EARLY_BYTES = 1 << 19, ROOM_BYTES = 1800 << 10;
 // gradients of parameters are summed over blocks of rows, then over blocks: the order depends on the shape alone
 constexpr int64_t BLOCK_ROWS = 512, BLOCKS = 8;
 
@@ -178,9 +178,10 @@ class Backward {
                 start_masks(after, rows, inside ? slot.keep[0] + (row + 32) * ld_keep : slot.keep[1], beside);
                 waist_of(row);
                 // dy of the next rows, and x of these for da
-                const int64_t block_steps = strips_of_x() * steps,
-                              these = std::min<int64_t>(p.rows - row, 32);
-                beside.foresee(g.dx + after * g.K, std::max<int64_t>(rows, 0) * g.K, block_steps);
+                const int64_t group = std::min(strips_of_x(), strips_at_once(steps)),
+                              block_steps = group * steps, these = std::min<int64_t>(p.rows - row, 32);
+                if (group == strips_of_x())
+                    beside.foresee(g.dx + after * g.K, std::max<int64_t>(rows, 0) * g.K, block_steps);
                 if (here) beside.rows = rows_ahead(one.dy, one.lddy, after, rows, block_steps);
                 if (sums.any_da) beside.more = rows_ahead(g.x, g.ldx, p.begin + row, these, block_steps);
             });

@@ -189,10 +189,12 @@ class Forward {
             const int64_t after = row + 32 < rows ? begin + row + 32 : first_row(next);
             next_masks(after, std::min<int64_t>(f.M - after, 32), slot, beside);
             waist_of(row);
-            beside.rows = rows_ahead(after, 32, strips * steps);
+            const int64_t group = strips_at_once(steps), block_steps = std::min(strips, group) * steps;
+            beside.rows = rows_ahead(after, 32, block_steps);
             const SiblingForward& one = f.siblings[0];
-            const int64_t count = std::clamp<int64_t>(f.M - after, 0, 32) * one.N;
-            if (wide.size() == 1) beside.foresee(one.y + std::min(after, f.M) * one.N, count, strips * steps);
+            if (wide.size() == 1 && strips <= group)
+                beside.foresee(one.y + after * one.N, std::min<int64_t>(f.M - after, 32) * one.N,
+                               block_steps);
         });
         beside.finish();
         team.wait();

@@ -59,14 +59,61 @@ bool is_master(const dlpack::Tensor& t) { return (is_bf16(t) || is_fp32(t)) && c
 
 uintptr_t data(const dlpack::Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) + t.byte_offset; }
 
-// x [..., K], w [N, K] of any strides, bias [N] or None, a [R, K], b [N, R]
-bool one_lora_fits(py::handle x, py::handle w, py::handle bias, py::handle a, py::handle b,
-                   py::handle dropout) {
+// The arguments of one call as Python hands them over.
+struct Given {
+    PyObject* const* at;
+    py::handle operator[](int i) const { return at[i]; }
+    double real(int i) const { return right(PyFloat_AsDouble(at[i])); }
+    int whole(int i) const { return static_cast<int>(right(PyLong_AsLong(at[i]))); }
+    uint64_t word(int i) const { return right(PyLong_AsUnsignedLongLong(at[i])); }
+
+  private:
+    template <class T>
+    static T right(T value) {
+        if (value == static_cast<T>(-1) && PyErr_Occurred()) throw py::error_already_set();
+        return value;
+    }
+};
+
+// A function of COUNT arguments for Python, straight to its arguments: through pybind11's records and casters a call took
+// 4 to 6 us more where they are in no cache, as between two layers of a model.
+template <int COUNT, class Body>
+PyObject* door(PyObject* const* at, Py_ssize_t count, const Body& body) {
+    if (count != COUNT)
+        return PyErr_Format(PyExc_TypeError, "%s: %zd arguments came; %d would be right", NAME, count, COUNT);
+    try {
+        return body(Given{at}).release().ptr();
+    } catch (py::error_already_set& error) {
+        error.restore();
+    } catch (const std::invalid_argument& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    }
+    return nullptr;
+}
+
+// other threads of Python may go on while one of these lives
+class Released {
+  public:
+    Released() : state(PyEval_SaveThread()) {}
+    ~Released() { PyEval_RestoreThread(state); }
+    Released(const Released&) = delete;
+    Released& operator=(const Released&) = delete;
+
+  private:
+    PyThreadState* state;
+};
+
+// x [..., K], w [N, K] of any strides, bias [N] or None, a [R, K], b [N, R], dropout
+bool fits(const Given& given) {
+    const py::handle bias = given[2], dropout = given[5];
     if (!PyFloat_Check(dropout.ptr())) return false;
     const double p = PyFloat_AS_DOUBLE(dropout.ptr());
     if (!(p >= 0 && p < 1)) return false;
     dlpack::Tensor sx, sw, sa, sb, sbias;
-    if (!see(x, &sx) || !see(w, &sw) || !see(a, &sa) || !see(b, &sb)) return false;
+    if (!see(given[0], &sx) || !see(given[1], &sw) || !see(given[3], &sa) || !see(given[4], &sb))
+        return false;
     if (!is_bf16(sx) || !contiguous(sx) || sx.ndim < 1 || !is_bf16(sw) || sw.ndim != 2) return false;
     const int64_t N = sw.shape[0], K = sw.shape[1];
     if (N < 1 || K < 1 || sx.shape[sx.ndim - 1] != K) return false;
@@ -75,6 +122,10 @@ bool one_lora_fits(py::handle x, py::handle w, py::handle bias, py::handle a, py
     if (R < 1 || !is_matrix(sa, R, K) || !is_matrix(sb, N, R)) return false;
     return bias.is_none() ||
            (see(bias, &sbias) && is_master(sbias) && sbias.ndim == 1 && sbias.shape[0] == N);
+}
+
+PyObject* one_lora_fits(PyObject*, PyObject* const* at, Py_ssize_t count) {
+    return door<6>(at, count, [](const Given& given) { return py::bool_(fits(given)); });
 }
 
 dlpack::Tensor seen(py::handle object, const char* name) {
@@ -110,18 +161,21 @@ struct OneLora {
     }
 };
 
-// y [..., N] and h [M, R]; false, and nothing done, where w is no longer what was packed
-bool one_lora_forward(py::handle x, py::handle w, py::handle bias, py::handle a, py::handle b,
-                      py::handle packed, uint64_t mark, py::handle seed, py::handle y, py::handle h,
-                      double scale, double p, int threads) {
-    const OneLora given(x, a, b);
+// x, w, bias, a, b; w packed and its mark; seed; y [..., N] and h [M, R]; scale, p, threads. False, and nothing done, where
+// w is no longer what was packed.
+bool forward(const Given& all) {
+    const OneLora given(all[0], all[3], all[4]);
+    const py::handle bias = all[2];
     dlpack::Tensor sw, sbias{};
-    check(see(w, &sw) && is_bf16(sw) && is_matrix(sw, given.N, given.K), NAME, ": w is no bf16 [", given.N,
-          ", ", given.K, "] on the CPU");
+    check(see(all[1], &sw) && is_bf16(sw) && is_matrix(sw, given.N, given.K), NAME, ": w is no bf16 [",
+          given.N, ", ", given.K, "] on the CPU");
     if (!bias.is_none()) sbias = seen(bias, "bias");
-    const uintptr_t at_packed = place(packed, "packed"), at_seed = place(seed, "seed");
-    const uintptr_t at_y = place(y, "y"), at_h = place(h, "h");
-    const py::gil_scoped_release free;
+    const uintptr_t at_packed = place(all[5], "packed"), at_seed = place(all[7], "seed");
+    const uintptr_t at_y = place(all[8], "y"), at_h = place(all[9], "h");
+    const uint64_t mark = all.word(6);
+    const double scale = all.real(10), p = all.real(11);
+    const int threads = all.whole(12);
+    const Released released;
     return delta_linear_forward_door(data(given.x), given.K, data(sw), sw.strides[0], sw.strides[1], mark,
                                      at_packed, bias.is_none() ? 0 : data(sbias),
                                      !bias.is_none() && is_fp32(sbias), data(given.a), is_fp32(given.a),
@@ -129,30 +183,52 @@ bool one_lora_forward(py::handle x, py::handle w, py::handle bias, py::handle a,
                                      at_y, at_h, given.M, given.N, given.K, given.R, threads);
 }
 
-// dx [..., K], da [R, K] and db [N, R]; None is left out
-void one_lora_backward(py::handle dy, py::handle x, py::handle a, py::handle b, py::handle h,
-                       py::handle packed, py::handle seed, py::handle dx, py::handle da, py::handle db,
-                       double scale, double p, int threads) {
-    const OneLora given(x, a, b);
-    const dlpack::Tensor sdy = seen(dy, "dy");
+PyObject* one_lora_forward(PyObject*, PyObject* const* at, Py_ssize_t count) {
+    return door<13>(at, count, [](const Given& all) { return py::bool_(forward(all)); });
+}
+
+// dy, x, a, b, h; w packed; seed; dx [..., K], da [R, K] and db [N, R], None is left out; scale, p, threads
+void backward(const Given& all) {
+    const OneLora given(all[1], all[2], all[3]);
+    const dlpack::Tensor sdy = seen(all[0], "dy");
     check(is_bf16(sdy) && sdy.ndim >= 1 && sdy.shape[sdy.ndim - 1] == given.N && rows(sdy) == given.M, NAME,
           ": dy is no bf16 [", given.M, ", ", given.N, "]");
-    const uintptr_t at_h = place(h, "h"), at_packed = place(packed, "packed"), at_seed = place(seed, "seed");
-    const uintptr_t at_dx = place(dx, "dx"), at_da = place(da, "da"), at_db = place(db, "db");
-    const py::gil_scoped_release free;
+    const uintptr_t at_h = place(all[4], "h"), at_packed = place(all[5], "packed"),
+                    at_seed = place(all[6], "seed");
+    const uintptr_t at_dx = place(all[7], "dx"), at_da = place(all[8], "da"), at_db = place(all[9], "db");
+    const double scale = all.real(10), p = all.real(11);
+    const int threads = all.whole(12);
+    const Released released;
     delta_linear_backward_door(data(given.x), given.K, data(sdy), given.N, at_h, at_packed, data(given.a),
                                is_fp32(given.a), data(given.b), is_fp32(given.b), static_cast<float>(scale),
                                p, at_seed, at_dx, at_da, at_db, given.M, given.N, given.K, given.R, threads);
+}
+
+PyObject* one_lora_backward(PyObject*, PyObject* const* at, Py_ssize_t count) {
+    return door<13>(at, count, [](const Given& all) {
+        backward(all);
+        return py::none();
+    });
+}
+
+PyMethodDef method(const char* name, PyObject* (*body)(PyObject*, PyObject* const*, Py_ssize_t),
+                   const char* what) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(body)), METH_FASTCALL, what};
 }
 
 }  // namespace
 
 void bind_one_lora(py::module_& m) {
     m.def("one_lora_knows", &one_lora_knows, "Takes torch's types of tensors; whether they can be seen.");
-    m.def("one_lora_fits", &one_lora_fits,
-          "Whether one_lora_forward may have these tensors; no says no more.");
-    m.def("one_lora_forward", &one_lora_forward, "y and h; False where w was written to since its mark.");
-    m.def("one_lora_backward", &one_lora_backward, "dx, da and db; None is left out.");
+    // Python keeps the address of this table
+    static PyMethodDef methods[] = {
+        method("one_lora_fits", one_lora_fits,
+               "Whether one_lora_forward may have these tensors; no says no more."),
+        method("one_lora_forward", one_lora_forward, "y and h; False where w was written to since its mark."),
+        method("one_lora_backward", one_lora_backward, "dx, da and db; None is left out."),
+        {},
+    };
+    if (PyModule_AddFunctions(m.ptr(), methods)) throw py::error_already_set();
 }
 
 }  // namespace pefast

@@ -53,6 +53,10 @@ struct Factors {
     int64_t steps;
 };
 
+inline Factors but_first_step(const Factors& f) {
+    return {f.a + STEP, f.lda, f.strip + 2 * TILE, f.steps - 1};
+}
+
 template <int ROWS, int COLUMNS>
 inline void clear_sums() {
     _tile_zero(0);

@@ -69,16 +69,31 @@ class ParameterSums {
             if (next < steps) pair(next * STEP, room + next * 2 * TILE), ++next;
         };
         pair_next(), pair_next();
+        float* leaving = nullptr;  // where the sums in four tiles go while the next chunk begins
+        const auto leave = [&] {
+            if (leaving) store_sums<2, 2>(leaving);
+            leaving = nullptr;
+        };
         for (int64_t i = chunks.begin; i < chunks.end; ++i) {
             const Chunk& c = stack.chunks[i];
             float* sums = strip + c.rows_before * STRIP;
+            Factors f = {waist_t + c.slot * ldt, ldt, room, steps};
             sized(c.used, columns, [&](auto tall, auto wide) {
                 constexpr int ROWS = decltype(tall)::value, COLUMNS = decltype(wide)::value;
-                p.first ? clear_sums<ROWS, COLUMNS>() : load_sums<ROWS, COLUMNS>(sums);
-                accumulate<ROWS, COLUMNS>({waist_t + c.slot * ldt, ldt, room, steps}, pair_next);
-                store_sums<ROWS, COLUMNS>(sums);
+                constexpr bool FOUR = ROWS == 2 && COLUMNS == 2;
+                if (FOUR && leaving) {
+                    p.first ? turn_over<false, Keep::strip>(f.a, ldt, room, leaving, nullptr, 0)
+                            : turn_over<true, Keep::strip>(f.a, ldt, room, leaving, sums, STRIP * 4);
+                    f = but_first_step(f);
+                } else {
+                    leave();
+                    p.first ? clear_sums<ROWS, COLUMNS>() : load_sums<ROWS, COLUMNS>(sums);
+                }
+                accumulate<ROWS, COLUMNS>(f, pair_next);
+                FOUR ? void(leaving = sums) : store_sums<ROWS, COLUMNS>(sums);
             });
         }
+        leave();
     }
 
     // dbias += Σ dy and dgain += Σ dy ⊙ u for 32 columns

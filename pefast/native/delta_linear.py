@@ -31,6 +31,9 @@ from pefast.native.sibling_linear import packed_weight, packed_weights
 _HERE = C is not None and C.delta_linear_here()
 # whether csrc can look at tensors itself; an older torch does not show them
 _SEES = _HERE and C.one_lora_knows(Tensor, Parameter)
+# no device's name to read, which costs 5 us where Python is cold; what another device's autocast turns away
+# is computed all the same
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu"))
 # who computes a dtype that is not this file's
 _OTHERS = {torch.float32: fp32 if fp32.HERE else thin}
 if thin.HERE and not _HERE:
@@ -72,33 +75,46 @@ def at_once(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dro
         and not (w.requires_grad or (bias is not None and bias.requires_grad))
         and (a.requires_grad or b.requires_grad or x.requires_grad)
         and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and not _any_autocast()
     )
 
 
-def run(x, w, bias, a, b, scale, p, seed):  # x [..., K] -> y [..., N], h [M, R], w packed for dx
-    """The forward of a call that at_once() lets through. The pack is None where x has no gradient to come."""
+# What follows does all that Python has to do before its kernel: one leaves nothing of Python in the caches.
+
+
+def prepare(x, w, bias, a, b, scale, p, seed):
+    """For a call that at_once() lets through: y [..., N] and h [M, R], w packed for dx, and what run() takes.
+
+    run() fills y and h, or says False where somebody wrote to w behind autograd's back: stale() then forgets
+    what was packed of it. The pack is None where x has no gradient to come.
+    """
     n, r = b.shape
     *rows, k = x.shape
-    y, h = x.new_empty((*rows, n)), x.new_empty((x.numel() // k, r))
-    while True:
-        (packed, mark), for_dx = packed_weights(w, x.requires_grad)
-        if C.one_lora_forward(x, w, bias, a, b, packed, mark, seed, y, h, scale, p, torch.get_num_threads()):
-            return y, h, for_dx
-        packs.drop(w)
+    # sizes one by one: read from a tuple they cost 7 us more where Python is cold
+    y, h = x.new_empty(*rows, n), x.new_empty(x.numel() // k, r)
+    (packed, mark), for_dx = packed_weights(w, x.requires_grad)
+    threads = torch.get_num_threads()
+    return y, h, for_dx, (x, w, bias, a, b, packed, mark, seed, y, h, scale, p, threads)
+
+
+run = C.one_lora_forward if C is not None else None
+stale = packs.drop
 
 
 def run_backward(dy, x, packed, a, b, h, scale, p, seed, need_x, need_a, need_b):
-    """dx, da and db of run(), whose pack it takes; None for what is not needed. dy lies without gaps."""
+    """dx, da and db of run(), whose pack it takes, and None; None for what is not needed.
+
+    dy lies without gaps.
+    """
     dx = torch.empty_like(x) if need_x else None
     da = torch.empty_like(a, dtype=torch.float32) if need_a else None
     db = torch.empty_like(b, dtype=torch.float32) if need_b else None
+    masters = a.dtype is b.dtype is torch.float32
+    made = dx, da, db, None
     C.one_lora_backward(dy, x, a, b, h, packed, seed, dx, da, db, scale, p, torch.get_num_threads())
-    if a.dtype is not torch.float32 and need_a:
-        da = da.to(a.dtype)
-    if b.dtype is not torch.float32 and need_b:
-        db = db.to(b.dtype)
-    return dx, da, db
+    if masters:
+        return made
+    return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None
 
 
 def forward(call) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:

@@ -36,7 +36,10 @@ def found(w: Tensor) -> dict[Hashable, tuple[Tensor, int]]:
 
 
 def _version(w: Tensor) -> int:
-    return 0 if w.is_inference() else w._version
+    try:
+        return w._version
+    except RuntimeError:  # a tensor of inference mode, which counts no writes
+        return 0
 
 
 def clear(packs: dict, version: int, store) -> None:

@@ -284,11 +284,14 @@ class _AtOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, b, rest):
         w, bias, scale, p, seed = rest
-        y, h, ctx.packed = native_hand.run(x, w, bias, a, b, scale, p, seed)
-        # w for its version alone: what was packed is right as long as nobody writes to it
-        ctx.save_for_backward(x, a, b, w, h, seed)
         ctx.spec = scale, p
-        return y
+        while True:
+            y, h, ctx.packed, given = native_hand.prepare(x, w, bias, a, b, scale, p, seed)
+            # w for its version alone: what was packed is right as long as nobody writes to it
+            ctx.save_for_backward(x, a, b, w, h, seed)
+            if native_hand.run(*given):
+                return y
+            native_hand.stale(w)
 
     @staticmethod
     def backward(ctx, dy):
@@ -298,8 +301,7 @@ class _AtOnce(torch.autograd.Function):
         need_x, need_a, need_b, _ = ctx.needs_input_grad
         dy = dy if dy.is_contiguous() else dy.contiguous()
         asked = seed, need_x, need_a, need_b
-        dx, da, db = native_hand.run_backward(dy, x, ctx.packed, a, b, h, *ctx.spec, *asked)
-        return dx, da, db, None
+        return native_hand.run_backward(dy, x, ctx.packed, a, b, h, *ctx.spec, *asked)
 
 
 # Function.apply looks for functorch in every argument; _at_once() has asked. On its way back PyTorch asks

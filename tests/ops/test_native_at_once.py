@@ -194,6 +194,16 @@ def test_the_door_refuses_in_words(name, wrong, words):
         C.one_lora_forward(*given.values(), 1.0, 0.0, 1)
 
 
+def test_the_doors_count_their_arguments():
+    with pytest.raises(TypeError, match="2 arguments came; 6 would be right"):
+        C.one_lora_fits(1, 2)
+    with pytest.raises(TypeError, match="0 arguments came; 13 would be right"):
+        C.one_lora_backward()
+    given = [*tensors().values()][:5]
+    with pytest.raises(TypeError):
+        C.one_lora_forward(*given, None, "no mark", None, None, None, 1.0, 0.0, 1)
+
+
 def test_ids_that_do_not_fit_are_refused_here_too():
     t = tensors()
     with pytest.raises(ValueError, match="one id for each of 37 rows"):

@@ -338,7 +338,7 @@ class Backward {
     void sum_da(int64_t strip, const Panel& p, const Slot& slot, const Own& own) {
         const int64_t k = strip * STRIP;
         const __mmask32 inside = first(g.K - k);
-        float* to = sums.da_strip(p.block, strip);
+        const SumsStrip to = sums.da_strip(p.block, strip);
         for (const Group& group : stack.groups) {
             if (!group.computed) continue;
             const uint32_t* keep =

@@ -12,6 +12,12 @@ struct Panel {
     bool first;                  // of its block
 };
 
+// 32 columns of the sums of slots, and how many numbers further the next 32 columns lie; 0: nowhere.
+struct SumsStrip {
+    float* at;
+    int64_t apart;
+};
+
 class ParameterSums {
   public:
     ParameterSums(const DeltaBackward& g, const Stack& stack) : g(g), stack(stack) {
@@ -47,21 +53,22 @@ class ParameterSums {
     }
 
     // 32 columns of da of every slot [slots, 32], and of db of a sibling's slots
-    float* da_strip(int64_t block, int64_t strip) const {
-        return one_strip ? da : da + block * da_size + strip * STRIP * stack.rows;
+    SumsStrip da_strip(int64_t block, int64_t strip) const {
+        if (one_strip) return {da, 0};
+        return {da + block * da_size + strip * STRIP * stack.rows, STRIP * stack.rows};
     }
-    float* db_strip(int64_t block, size_t sibling, int64_t strip) const {
-        const int64_t before = rows_before(stack.siblings[sibling].begin);
-        const int64_t at =
-            one_strip ? 0 : block * db_size + of[sibling].db + strip * of[sibling].rows * STRIP;
-        return db + at - before * STRIP;
+    SumsStrip db_strip(int64_t block, size_t sibling, int64_t strip) const {
+        float* const all = db - rows_before(stack.siblings[sibling].begin) * STRIP;
+        const int64_t apart = STRIP * of[sibling].rows;
+        if (one_strip) return {all, 0};
+        return {all + block * db_size + of[sibling].db + strip * apart, apart};
     }
 
     // chunks of a strip += waist_t [slots, ldt] times 32 columns of a panel's rows; pair(row, tiles) packs 32 rows of
     // them to room [rows, 32], beside the products
     template <class Pair>
     void add_rows(const bf16* waist_t, int64_t ldt, Range chunks, const Panel& p, int64_t columns, bf16* room,
-                  float* strip, const Pair& pair) const {
+                  SumsStrip strip, const Pair& pair) const {
         const int64_t steps = parts(p.rows, STEP);
         // two steps ahead: a tile is not loaded from lines that were stored a moment ago
         int64_t next = 0;
@@ -69,6 +76,16 @@ class ParameterSums {
             if (next < steps) pair(next * STEP, room + next * 2 * TILE), ++next;
         };
         pair_next(), pair_next();
+        // the sums of the next strip come to the first cache, from where the panel before has left them
+        const int64_t before = rows_before(chunks.begin);
+        const float* ahead = strip.at + strip.apart + before * STRIP;
+        int64_t lines = strip.apart ? 2 * (rows_before(chunks.end) - before) : 0;
+        const int64_t each = parts(lines, (chunks.end - chunks.begin) * (steps - 1) + 1);
+        const auto beside = [&] {
+            pair_next();
+            for (int64_t i = 0; i < each && lines > 0; ++i, --lines, ahead += SIDE)
+                _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+        };
         float* leaving = nullptr;  // where the sums in four tiles go while the next chunk begins
         const auto leave = [&] {
             if (leaving) store_sums<2, 2>(leaving);
@@ -76,7 +93,7 @@ class ParameterSums {
         };
         for (int64_t i = chunks.begin; i < chunks.end; ++i) {
             const Chunk& c = stack.chunks[i];
-            float* sums = strip + c.rows_before * STRIP;
+            float* sums = strip.at + c.rows_before * STRIP;
             Factors f = {waist_t + c.slot * ldt, ldt, room, steps};
             sized(c.used, columns, [&](auto tall, auto wide) {
                 constexpr int ROWS = decltype(tall)::value, COLUMNS = decltype(wide)::value;
@@ -89,7 +106,7 @@ class ParameterSums {
                     leave();
                     p.first ? clear_sums<ROWS, COLUMNS>() : load_sums<ROWS, COLUMNS>(sums);
                 }
-                accumulate<ROWS, COLUMNS>(f, pair_next);
+                accumulate<ROWS, COLUMNS>(f, beside);
                 FOUR ? void(leaving = sums) : store_sums<ROWS, COLUMNS>(sums);
             });
         }
@@ -198,7 +215,7 @@ class ParameterSums {
         const __m512 scale = _mm512_set1_ps(place.s->keep_scale);
         for (int64_t k = strip * STRIP; k < std::min((strip + 1) * STRIP, g.K); k += SIDE) {
             const __mmask16 inside = static_cast<__mmask16>(first(std::min(g.K - k, SIDE)));
-            const float* sums = da_strip(0, strip) + k % STRIP;
+            const float* sums = da_strip(0, strip).at + k % STRIP;
             for (int64_t r = 0; r < place.s->R; ++r)
                 _mm512_mask_storeu_ps(to + r * g.K + k, inside,
                                       _mm512_mul_ps(over_blocks(sums, place.slot + r, da_size), scale));
@@ -210,7 +227,7 @@ class ParameterSums {
         const __m512 scale = _mm512_set1_ps(place.s->scale);
         const int64_t N = g.siblings[place.sibling].N;
         for (int64_t n = strip * STRIP; n < std::min((strip + 1) * STRIP, N); n += SIDE) {
-            const float* sums = db_strip(0, place.sibling, strip) + n % STRIP;
+            const float* sums = db_strip(0, place.sibling, strip).at + n % STRIP;
             for (int64_t r = 0; r < R; r += SIDE) {
                 const int64_t count = std::min(R - r, SIDE);
                 __m512i v[16];

@@ -1,7 +1,7 @@
 """delta_linear by csrc/cpu/delta_linear*: every segment beside a frozen weight, on AMX.
 
 One plain LoRA in bf16, the commonest call, has doors of its own here, for it costs the least Python: at_once
-and run where it learns in eager mode, csrc then looks at the tensors itself. Other calls in bf16 go through
+and run in eager mode, csrc then looks at the tensors itself. Other calls in bf16 go through
 sibling_linear.py, those in fp32 through delta_linear_fp32.py. Without AMX both go through
 delta_linear_thin.py. What is on a GPU goes to delta_linear_cuda.py.
 Formula: pefast/ops/delta_linear.py.
@@ -62,7 +62,7 @@ def decline(call) -> str:
 
 
 def at_once(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dropout: float) -> bool:
-    """Whether run() may have this LoRA as it stands: the commonest call, in bf16, that learns.
+    """Whether run() may have this LoRA as it stands: the commonest call, in bf16, beside a frozen layer.
 
     It asks quickly what refuse() and decline() ask in words; a no sends the call to them.
     """
@@ -73,8 +73,6 @@ def at_once(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dro
         and C.one_lora_fits(x, w, bias, a, b, dropout)
         and (type(w) is Parameter or type(w._base) is Parameter)
         and not (w.requires_grad or (bias is not None and bias.requires_grad))
-        and (a.requires_grad or b.requires_grad or x.requires_grad)
-        and torch.is_grad_enabled()
         and not _any_autocast()
     )
 

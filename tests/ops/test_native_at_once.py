@@ -143,14 +143,34 @@ def test_contexts_that_change_the_call():
     t = tensors()
     segment = Segment(t["a"], t["b"])
     assert native.at_once(*asked(t))
-    with torch.no_grad():
-        assert not native.at_once(*asked(t))
     with torch.autocast("cpu"):
         assert not native.at_once(*asked(t))
     with pefast.backend("eager"):
         y = delta_linear(t["x"], t["w"], segment, t["bias"])
         assert type(y.grad_fn).__name__ != "_AtOnceBackward"
     assert type(delta_linear(t["x"], t["w"], segment, t["bias"]).grad_fn).__name__ == "_AtOnceBackward"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_who_only_computes_goes_the_same_road(mode, dropout):
+    t = tensors((2, 3, 7))
+    segment = Segment(t["a"], t["b"], 1.5, dropout=dropout)
+    with mode():
+        assert native.at_once(*asked(t, dropout))
+        y = delta_linear(t["x"], t["w"], segment, t["bias"], seed=5)
+    assert y.grad_fn is None and not y.requires_grad and y.is_inference() is (mode is torch.inference_mode)
+    assert torch.equal(y, step(t, dropout)["y"])
+
+
+def test_a_weight_of_inference_mode():
+    with torch.inference_mode():
+        t = tensors()
+        y = delta_linear(t["x"], t["w"], Segment(t["a"], t["b"]), t["bias"])
+        again = delta_linear(t["x"], t["w"], Segment(t["a"], t["b"]), t["bias"])
+        t["w"].data.mul_(2)
+        assert torch.equal(again, y)
+        assert not torch.equal(delta_linear(t["x"], t["w"], Segment(t["a"], t["b"]), t["bias"]), y)
 
 
 def test_a_write_through_data_is_seen():

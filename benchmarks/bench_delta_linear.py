@@ -1,4 +1,4 @@
-"""One LoRA layer beside its rivals: forward and gradients, one thread; the frozen layer is the unit.
+"""One LoRA layer beside its rivals, learning or not, one thread; the frozen layer is the unit.
 
 python -m pytest benchmarks/bench_delta_linear.py
 """
@@ -29,4 +29,21 @@ def test_forward_and_backward(benchmark, in_turn, shape, rows, dropout, dtype):
 
     calls = {name: (lambda net=net: step(net)) for name, net in nets.items()}
     in_turn(f"LoRA layer {shape} {tuple(x.shape)}, dropout {dropout}, {dtype}", calls, rounds=11)
+    benchmark(calls["pefast"])
+
+
+@pytest.mark.parametrize("rows", [8, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_alone(benchmark, in_turn, shape, rows):
+    k, n = LAYERS[shape]
+    base = nn.Linear(k, n, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    nets = {name: make(base, RANK, 0.0).eval() for name, make in RIVALS.items()}
+    x = torch.randn(rows, k).bfloat16()
+
+    def compute(net):
+        with torch.no_grad():
+            net(x)
+
+    calls = {name: (lambda net=net: compute(net)) for name, net in nets.items()}
+    in_turn(f"LoRA layer without gradients, {shape} {tuple(x.shape)}", calls)
     benchmark(calls["pefast"])

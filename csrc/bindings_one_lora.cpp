@@ -170,8 +170,8 @@ bool forward(const Given& all) {
     check(see(all[1], &sw) && is_bf16(sw) && is_matrix(sw, given.N, given.K), NAME, ": w is no bf16 [",
           given.N, ", ", given.K, "] on the CPU");
     if (!bias.is_none()) sbias = seen(bias, "bias");
-    const uintptr_t at_packed = place(all[5], "packed"), at_seed = place(all[7], "seed");
-    const uintptr_t at_y = place(all[8], "y"), at_h = place(all[9], "h");
+    const uintptr_t at_packed = data(seen(all[5], "packed")), at_seed = place(all[7], "seed");
+    const uintptr_t at_y = data(seen(all[8], "y")), at_h = data(seen(all[9], "h"));
     const uint64_t mark = all.word(6);
     const double scale = all.real(10), p = all.real(11);
     const int threads = all.whole(12);
@@ -193,9 +193,10 @@ void backward(const Given& all) {
     const dlpack::Tensor sdy = seen(all[0], "dy");
     check(is_bf16(sdy) && sdy.ndim >= 1 && sdy.shape[sdy.ndim - 1] == given.N && rows(sdy) == given.M, NAME,
           ": dy is no bf16 [", given.M, ", ", given.N, "]");
-    const uintptr_t at_h = place(all[4], "h"), at_packed = place(all[5], "packed"),
+    const uintptr_t at_h = data(seen(all[4], "h")), at_packed = place(all[5], "packed"),
                     at_seed = place(all[6], "seed");
     const uintptr_t at_dx = place(all[7], "dx"), at_da = place(all[8], "da"), at_db = place(all[9], "db");
+    check(!at_dx || at_packed, NAME, ": dx is asked for and there is no packed weight");
     const double scale = all.real(10), p = all.real(11);
     const int threads = all.whole(12);
     const Released released;

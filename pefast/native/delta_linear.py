@@ -31,8 +31,8 @@ from pefast.native.sibling_linear import packed_weight, packed_weights
 _HERE = C is not None and C.delta_linear_here()
 # whether csrc can look at tensors itself; an older torch does not show them
 _SEES = _HERE and C.one_lora_knows(Tensor, Parameter)
-# no device's name to read, which costs 5 us where Python is cold; what another device's autocast turns away
-# is computed all the same
+# no device's name to read, which costs 5 us where Python is cold; beside another device's autocast a call
+# goes the long way
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu"))
 # who computes a dtype that is not this file's
 _OTHERS = {torch.float32: fp32 if fp32.HERE else thin}
@@ -80,17 +80,17 @@ def at_once(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dro
 # What follows does all that Python has to do before its kernel: one leaves nothing of Python in the caches.
 
 
-def prepare(x, w, bias, a, b, scale, p, seed):
+def prepare(x, w, bias, a, b, scale, p, seed, needs_dx):
     """For a call that at_once() lets through: y [..., N] and h [M, R], w packed for dx, and what run() takes.
 
     run() fills y and h, or says False where somebody wrote to w behind autograd's back: stale() then forgets
-    what was packed of it. The pack is None where x has no gradient to come.
+    what was packed of it. The pack is None without `needs_dx`.
     """
     n, r = b.shape
     *rows, k = x.shape
     # sizes one by one: read from a tuple they cost 7 us more where Python is cold
     y, h = x.new_empty(*rows, n), x.new_empty(x.numel() // k, r)
-    (packed, mark), for_dx = packed_weights(w, x.requires_grad)
+    (packed, mark), for_dx = packed_weights(w, needs_dx)
     threads = torch.get_num_threads()
     return y, h, for_dx, (x, w, bias, a, b, packed, mark, seed, y, h, scale, p, threads)
 
@@ -100,7 +100,7 @@ stale = packs.drop
 
 
 def run_backward(dy, x, packed, a, b, h, scale, p, seed, need_x, need_a, need_b):
-    """dx, da and db of run(), whose pack it takes, and None; None for what is not needed.
+    """dx, da and db of run(), whose pack it takes, None for what is not needed; and autograd's last None.
 
     dy lies without gaps.
     """

@@ -181,7 +181,9 @@ def _at_once(x, w, a, b, scale, dropout, bias, seed) -> Tensor | None:
         return None
     if dropout:
         seed = dropout_op.draw_seed() if seed is None else dropout_op.as_seed(seed)
-    return _apply_at_once(x, a, b, (w, bias, scale, dropout, seed if dropout else None))
+    # asked here, for inside of a Function gradients are off
+    needs_dx = x.requires_grad and torch.is_grad_enabled()
+    return _apply_at_once(x, a, b, (w, bias, scale, dropout, seed if dropout else None, needs_dx))
 
 
 def shaped(y: Tensor, x: Tensor) -> Tensor:  # [M, N] -> [..., N]
@@ -283,10 +285,10 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, a, b, rest):
-        w, bias, scale, p, seed = rest
+        w, bias, scale, p, seed, needs_dx = rest
         ctx.spec = scale, p
         while True:
-            y, h, ctx.packed, given = native_hand.prepare(x, w, bias, a, b, scale, p, seed)
+            y, h, ctx.packed, given = native_hand.prepare(x, w, bias, a, b, scale, p, seed, needs_dx)
             # w for its version alone: what was packed is right as long as nobody writes to it
             ctx.save_for_backward(x, a, b, w, h, seed)
             if native_hand.run(*given):

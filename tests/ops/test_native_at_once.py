@@ -160,6 +160,8 @@ def test_who_only_computes_goes_the_same_road(mode, dropout):
         assert native.at_once(*asked(t, dropout))
         y = delta_linear(t["x"], t["w"], segment, t["bias"], seed=5)
     assert y.grad_fn is None and not y.requires_grad and y.is_inference() is (mode is torch.inference_mode)
+    # no gradient comes to x, which wants one elsewhere
+    assert native.packed_bytes(t["w"]) == C.packed_size(70, 45) * 2
     assert torch.equal(y, step(t, dropout)["y"])
 
 
@@ -203,6 +205,8 @@ def test_a_write_before_backward_is_refused():
         ("y", torch.zeros(45, 37).bfloat16().t(), "y has gaps"),
         ("a", torch.zeros(5, 71), "do not fit"),
         ("h", torch.zeros(37, 5, device="meta").bfloat16(), "h is no plain tensor on the CPU"),
+        ("packed", None, "packed is no plain tensor on the CPU"),
+        ("y", None, "y is no plain tensor on the CPU"),
     ],
 )
 def test_the_door_refuses_in_words(name, wrong, words):
@@ -219,9 +223,16 @@ def test_the_doors_count_their_arguments():
         C.one_lora_fits(1, 2)
     with pytest.raises(TypeError, match="0 arguments came; 13 would be right"):
         C.one_lora_backward()
-    given = [*tensors().values()][:5]
-    with pytest.raises(TypeError):
-        C.one_lora_forward(*given, None, "no mark", None, None, None, 1.0, 0.0, 1)
+    room = torch.zeros(9).bfloat16()
+    with pytest.raises(TypeError, match="int"):
+        C.one_lora_forward(*asked(tensors())[:5], room, "no mark", None, room, room, 1.0, 0.0, 1)
+
+
+def test_backward_wants_a_pack_for_dx():
+    t = tensors()
+    x, a, b, dy, h = t["x"], t["a"], t["b"], torch.zeros(37, 45).bfloat16(), torch.zeros(37, 5).bfloat16()
+    with pytest.raises(ValueError, match="there is no packed weight"):
+        C.one_lora_backward(dy, x, a, b, h, None, None, torch.empty_like(x), None, None, 1.0, 0.0, 1)
 
 
 def test_ids_that_do_not_fit_are_refused_here_too():

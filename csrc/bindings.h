@@ -22,11 +22,15 @@ void bind_product(pybind11::module_& m);
 bool delta_linear_forward_door(uintptr_t x, int64_t ldx, uintptr_t w, int64_t stride_n, int64_t stride_k,
                                uint64_t mark, uintptr_t packed, uintptr_t bias, bool bias_fp32, uintptr_t a,
                                bool a_fp32, uintptr_t b, bool b_fp32, float scale, double p, uintptr_t seed,
-                               uintptr_t y, uintptr_t h, int64_t M, int64_t N, int64_t K, int64_t R,
-                               int threads);
+                               uintptr_t y, uintptr_t h, uintptr_t kept, bool kept_ready, int64_t M,
+                               int64_t N, int64_t K, int64_t R, int threads);
 void delta_linear_backward_door(uintptr_t x, int64_t ldx, uintptr_t dy, int64_t lddy, uintptr_t h,
                                 uintptr_t packed, uintptr_t a, bool a_fp32, uintptr_t b, bool b_fp32,
                                 float scale, double p, uintptr_t seed, uintptr_t dx, uintptr_t da,
-                                uintptr_t db, int64_t M, int64_t N, int64_t K, int64_t R, int threads);
+                                uintptr_t db, uintptr_t kept, bool kept_ready, int64_t M, int64_t N,
+                                int64_t K, int64_t R, int threads);
+
+// numbers of a contiguous parameter, hashed: as weight_mark
+uint64_t parameter_mark(uintptr_t address, int64_t bytes, int64_t samples = 16);
 
 }  // namespace pefast

@@ -51,8 +51,8 @@ Segment segment(Master a, Master b, int64_t R, float scale, double p, const int6
 bool delta_linear_forward_door(uintptr_t x, int64_t ldx, uintptr_t w, int64_t stride_n, int64_t stride_k,
                                uint64_t mark, uintptr_t packed, uintptr_t bias, bool bias_fp32, uintptr_t a,
                                bool a_fp32, uintptr_t b, bool b_fp32, float scale, double p, uintptr_t seed,
-                               uintptr_t y, uintptr_t h, int64_t M, int64_t N, int64_t K, int64_t R,
-                               int threads) {
+                               uintptr_t y, uintptr_t h, uintptr_t kept, bool kept_ready, int64_t M,
+                               int64_t N, int64_t K, int64_t R, int threads) {
     check_sizes(M, N, K, R, p, threads);
     check_matrix("delta_linear", "x", at<void>(x), M, K, ldx);
     if (weight_mark(at<const bf16>(w), stride_n, stride_k, N, K) != mark) return false;
@@ -61,15 +61,24 @@ bool delta_linear_forward_door(uintptr_t x, int64_t ldx, uintptr_t w, int64_t st
     one.segments = {segment({at<void>(a), a_fp32}, {at<void>(b), b_fp32}, R, scale, p, at<int64_t>(seed), 0)};
     DeltaForward call;
     call.M = M, call.K = K, call.x = at<const bf16>(x), call.ldx = ldx, call.waist = at<bf16>(h);
-    call.siblings = {one};
+    call.siblings = {one}, call.kept = {at<bf16>(kept), kept_ready};
     delta_linear_forward(call, threads);
     return true;
+}
+
+uint64_t parameter_mark(uintptr_t address, int64_t bytes, int64_t samples) {
+    uint64_t mark = 0xcbf29ce484222325;
+    // four bytes at a time: half of an fp32 number would not tell 0 from 1
+    for (int64_t i = 0; i < samples && bytes >= 4; ++i)
+        mark = (mark ^ at<const uint32_t>(address)[i * (bytes / 4) / samples]) * 0x100000001b3;
+    return bytes == 2 ? at<const bf16>(address)->bits : mark;
 }
 
 void delta_linear_backward_door(uintptr_t x, int64_t ldx, uintptr_t dy, int64_t lddy, uintptr_t h,
                                 uintptr_t packed, uintptr_t a, bool a_fp32, uintptr_t b, bool b_fp32,
                                 float scale, double p, uintptr_t seed, uintptr_t dx, uintptr_t da,
-                                uintptr_t db, int64_t M, int64_t N, int64_t K, int64_t R, int threads) {
+                                uintptr_t db, uintptr_t kept, bool kept_ready, int64_t M, int64_t N,
+                                int64_t K, int64_t R, int threads) {
     check_sizes(M, N, K, R, p, threads);
     check_matrix("delta_linear", "x", at<void>(x), M, K, ldx);
     check_matrix("delta_linear", "dy", at<void>(dy), M, N, lddy);
@@ -79,7 +88,7 @@ void delta_linear_backward_door(uintptr_t x, int64_t ldx, uintptr_t dy, int64_t 
     one.gradients = {{at<float>(da), at<float>(db), nullptr, nullptr, nullptr}};
     DeltaBackward call;
     call.M = M, call.K = K, call.x = at<const bf16>(x), call.ldx = ldx, call.waist = at<const bf16>(h);
-    call.dx = at<bf16>(dx), call.siblings = {one};
+    call.dx = at<bf16>(dx), call.siblings = {one}, call.kept = {at<bf16>(kept), kept_ready};
     delta_linear_backward(call, threads);
 }
 
@@ -165,15 +174,6 @@ void siblings_backward_door(uintptr_t x, int64_t ldx, int64_t M, int64_t K, uint
     delta_linear_backward(call, threads);
 }
 
-// 16 numbers of a contiguous parameter, hashed: as weight_mark
-uint64_t parameter_mark(uintptr_t address, int64_t bytes) {
-    const int64_t SAMPLES = 16;
-    uint64_t mark = 0xcbf29ce484222325;
-    for (int64_t i = 0; i < SAMPLES && bytes >= 2; ++i)
-        mark = (mark ^ at<const bf16>(address)[i * (bytes / 2) / SAMPLES].bits) * 0x100000001b3;
-    return mark;
-}
-
 // Everything about a layer and the adapters of its rows that stays from one decoding step to the next.
 class DecodePlan {
   public:
@@ -250,7 +250,9 @@ void bind_delta_linear(py::module_& m) {
           "Gradients of layers that read the same x; those of address 0 are left out.",
           py::call_guard<py::gil_scoped_release>());
     m.attr("DECODE_ROWS") = DECODE_ROWS;
-    m.def("parameter_mark", &parameter_mark, "A mark of a contiguous parameter that tells writes to it.");
+    m.def(
+        "parameter_mark", [](uintptr_t address, int64_t bytes) { return parameter_mark(address, bytes); },
+        "A mark of a contiguous parameter that tells writes to it.");
     py::class_<DecodePlan>(m, "DecodePlan", "A layer and the adapters of each row, for many decoding steps.")
         .def(py::init<uintptr_t, int64_t, int64_t, uint64_t, uintptr_t, uintptr_t, bool, int64_t, int64_t,
                       int64_t, std::vector<DecodePlan::Delta>, std::vector<DecodePlan::Parameter>>())

@@ -2,6 +2,7 @@
 // one by one in Python cost more than the kernel where x is small.
 #include "bindings.h"
 #include "check.h"
+#include "cpu/delta_linear.h"
 #include "dlpack.h"
 
 namespace py = pybind11;
@@ -161,9 +162,29 @@ struct OneLora {
     }
 };
 
-// x, w, bias, a, b; w packed and its mark; seed; y [..., N] and h [M, R]; scale, p, threads. False, and nothing done, where
-// w is no longer what was packed.
-bool forward(const Given& all) {
+// of a and b together: tells a write to one of them that no version shows
+uint64_t mark_of(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+    const auto mark = [](const dlpack::Tensor& t) {
+        check(t.ndim == 2, NAME, ": a and b have two dimensions, here are ", t.ndim);
+        return parameter_mark(data(t), t.shape[0] * t.shape[1] * t.bits / 8, 32);
+    };
+    return mark(a) * 31 + mark(b);
+}
+
+// where a and b are kept packed, or 0 for None
+uintptr_t kept_place(py::handle object, const OneLora& given) {
+    if (object.is_none()) return 0;
+    const dlpack::Tensor kept = seen(object, "kept");
+    check(is_bf16(kept) && kept.ndim == 1 && kept.shape[0] >= KeptFactors::size(given.R, given.N, given.K),
+          NAME, ": kept has no room for a and b; ", KeptFactors::size(given.R, given.N, given.K),
+          " numbers of bf16 would be right");
+    return data(kept);
+}
+
+// x, w, bias, a, b; w packed and its mark; seed; y [..., N] and h [M, R]; scale, p, threads; where a and b are kept packed or
+// None, and their mark or None, which is to say that they are not there yet. 1; 0, and nothing done, where w is no longer
+// what was packed, and -1 where a or b is not.
+int forward(const Given& all) {
     const OneLora given(all[0], all[3], all[4]);
     const py::handle bias = all[2];
     dlpack::Tensor sw, sbias{};
@@ -175,19 +196,23 @@ bool forward(const Given& all) {
     const uint64_t mark = all.word(6);
     const double scale = all.real(10), p = all.real(11);
     const int threads = all.whole(12);
+    const uintptr_t kept = kept_place(all[13], given);
+    const bool ready = kept && !all[14].is_none();
+    if (ready && all.word(14) != mark_of(given.a, given.b)) return -1;
     const Released released;
     return delta_linear_forward_door(data(given.x), given.K, data(sw), sw.strides[0], sw.strides[1], mark,
                                      at_packed, bias.is_none() ? 0 : data(sbias),
                                      !bias.is_none() && is_fp32(sbias), data(given.a), is_fp32(given.a),
                                      data(given.b), is_fp32(given.b), static_cast<float>(scale), p, at_seed,
-                                     at_y, at_h, given.M, given.N, given.K, given.R, threads);
+                                     at_y, at_h, kept, ready, given.M, given.N, given.K, given.R, threads);
 }
 
 PyObject* one_lora_forward(PyObject*, PyObject* const* at, Py_ssize_t count) {
-    return door<13>(at, count, [](const Given& all) { return py::bool_(forward(all)); });
+    return door<15>(at, count, [](const Given& all) { return py::int_(forward(all)); });
 }
 
-// dy, x, a, b, h; w packed; seed; dx [..., K], da [R, K] and db [N, R], None is left out; scale, p, threads
+// dy, x, a, b, h; w packed; seed; dx [..., K], da [R, K] and db [N, R], None is left out; scale, p, threads; where a and b
+// are kept packed or None, and whether they are there yet
 void backward(const Given& all) {
     const OneLora given(all[1], all[2], all[3]);
     const dlpack::Tensor sdy = seen(all[0], "dy");
@@ -199,17 +224,26 @@ void backward(const Given& all) {
     check(!at_dx || at_packed, NAME, ": dx is asked for and there is no packed weight");
     const double scale = all.real(10), p = all.real(11);
     const int threads = all.whole(12);
+    const uintptr_t kept = kept_place(all[13], given);
+    const bool ready = kept && all[14].ptr() == Py_True;
     const Released released;
     delta_linear_backward_door(data(given.x), given.K, data(sdy), given.N, at_h, at_packed, data(given.a),
                                is_fp32(given.a), data(given.b), is_fp32(given.b), static_cast<float>(scale),
-                               p, at_seed, at_dx, at_da, at_db, given.M, given.N, given.K, given.R, threads);
+                               p, at_seed, at_dx, at_da, at_db, kept, ready, given.M, given.N, given.K,
+                               given.R, threads);
 }
 
 PyObject* one_lora_backward(PyObject*, PyObject* const* at, Py_ssize_t count) {
-    return door<13>(at, count, [](const Given& all) {
+    return door<15>(at, count, [](const Given& all) {
         backward(all);
         return py::none();
     });
+}
+
+// a, b
+PyObject* one_lora_mark(PyObject*, PyObject* const* at, Py_ssize_t count) {
+    return door<2>(at, count,
+                   [](const Given& all) { return py::int_(mark_of(seen(all[0], "a"), seen(all[1], "b"))); });
 }
 
 PyMethodDef method(const char* name, PyObject* (*body)(PyObject*, PyObject* const*, Py_ssize_t),
@@ -220,12 +254,16 @@ PyMethodDef method(const char* name, PyObject* (*body)(PyObject*, PyObject* cons
 }  // namespace
 
 void bind_one_lora(py::module_& m) {
+    m.def("one_lora_kept_size", &KeptFactors::size,
+          "How many numbers of bf16 keep a [R, K] and b [N, R] packed.");
     m.def("one_lora_knows", &one_lora_knows, "Takes torch's types of tensors; whether they can be seen.");
     // Python keeps the address of this table
     static PyMethodDef methods[] = {
         method("one_lora_fits", one_lora_fits,
                "Whether one_lora_forward may have these tensors; no says no more."),
-        method("one_lora_forward", one_lora_forward, "y and h; False where w was written to since its mark."),
+        method("one_lora_forward", one_lora_forward,
+               "y and h; 1, or 0 where w was written to since its mark, -1 where a or b was."),
+        method("one_lora_mark", one_lora_mark, "A mark of a and b that tells writes to them."),
         method("one_lora_backward", one_lora_backward, "dx, da and db; None is left out."),
         {},
     };

@@ -89,14 +89,16 @@ def fused_layers(model: nn.Module, rows: int = _PROBE_ROWS) -> tuple[int, int]:
 
 
 def _packs(model: nn.Module) -> list[str]:
-    """What the native hand keeps beside the frozen weights, a weight that layers share counted once."""
-    stores = {}
+    """What the native hand keeps of the weights, one that layers share counted once."""
+    hand, stores = OP.hands["native"], {}
     for module in model.modules():
         weight = module._parameters.get("weight")
         if isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_cpu:
             stores[weight.data_ptr()] = weight
-    total = sum(OP.hands["native"].packed_bytes(weight) for weight in stores.values())
-    return [f"packed copies of frozen weights: {total / 1e6:.1f} MB"] if total else []
+    packed = sum(hand.packed_bytes(weight) for weight in stores.values())
+    kept = sum(hand.kept_bytes(p) for p in model.parameters() if p.dim() == 2 and p.is_cpu)
+    sizes = {"packed copies of frozen weights": packed, "packed copies of LoRA factors": kept}
+    return [f"{name}: {size / 1e6:.1f} MB" for name, size in sizes.items() if size]
 
 
 def _host_line(host: DeltaHost, deltas: list[tuple[str, str, LowRank]]) -> str:

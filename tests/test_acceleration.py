@@ -93,10 +93,16 @@ def test_explain_tells_the_memory_of_packs():
         pytest.skip(pefast.explain(model))
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert "packed copies of frozen weights:" in pefast.explain(model)
+    assert "packed copies of LoRA factors" not in pefast.explain(model)
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert "packed copies of LoRA factors: " in pefast.explain(model)
     for module in model.modules():
         if hasattr(module, "deltas"):
             # a new storage: the packs went with the old one
             module.weight.data = module.weight.data.clone()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     assert "packed copies" not in pefast.explain(model)
 
 

@@ -74,6 +74,18 @@ struct SiblingBackward : Sibling {
     std::vector<Gradients> gradients;          // of each segment
 };
 
+// a and b of one segment beside one layer, packed as one direction reads them: size() numbers, 64 bytes aligned, that
+// the caller keeps from call to call as long as nobody writes to a, b or s. Not ready: this call packs all of both.
+struct KeptFactors {
+    bf16* at = nullptr;  // null: every call packs what it needs, and keeps nothing
+    bool ready = false;
+
+    static int64_t size(int64_t R, int64_t N, int64_t K) {
+        const auto whole = [](int64_t length) { return (length + 31) / 32 * 32; };
+        return whole(R) * (whole(K) + whole(N));
+    }
+};
+
 template <class One>
 struct DeltaCall {
     int64_t M = 0, K = 0;
@@ -81,6 +93,7 @@ struct DeltaCall {
     int64_t ldx = 0;
     const int64_t* ids = nullptr;  // [M]  the adapter of each row
     std::vector<One> siblings;
+    KeptFactors kept;
 };
 
 // waist [M, W]: z of each segment that computes it, in order and side by side, W their ranks together; for σ =

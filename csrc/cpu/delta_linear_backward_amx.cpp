@@ -106,13 +106,14 @@ class Backward {
     void take_memory(int threads) {
         Scratch& scratch = Scratch::of_this_thread();
         const int64_t chunks = stack.chunks.size(), masks = stack.draws.size();
-        a = scratch.take<bf16>(chunks * STEP * padded(g.K, STRIP));
+        const int64_t size = chunks * STEP * padded(g.K, STRIP);
+        a = g.kept.at ? g.kept.at : scratch.take<bf16>(size);
         sums.take_memory(scratch, blocks, one_panel);
         for (size_t i = 0; i < wide.size(); ++i) {
             const SiblingBackward& one = g.siblings[i];
             Wide& w = wide[i];
-            const int64_t N = padded(one.N, STRIP);
-            w.b = scratch.take<bf16>((stack.siblings[i].end - stack.siblings[i].begin) * N * STRIP);
+            const int64_t N = padded(one.N, STRIP), count = stack.siblings[i].end - stack.siblings[i].begin;
+            w.b = g.kept.at ? a + size : scratch.take<bf16>(count * N * STRIP);
             if (one.gain.data) w.gain = scratch.take<float>(N);
         }
         slots.resize(alone ? threads : 1);
@@ -137,16 +138,17 @@ class Backward {
 
     void pack(Team team) {
         const int64_t chunks = stack.chunks.size(), across = parts(g.K, STRIP);
-        if (g.dx && needs_dh)
-            for (int64_t i = 0; i < chunks; ++i)
-                waist.into_dx(i, team.begin(across), team.end(across), a + i * 2 * TILE, chunks * 2 * TILE);
-        for (int64_t i = team.begin(chunks); needs_dh && i < team.end(chunks); ++i) {
-            const int64_t of = stack.chunks[i].sibling;
-            waist.into_dh(i, wide[of].b + (i - stack.siblings[of].begin) * wide[of].steps * 2 * TILE);
-        }
         for (size_t i = 0; i < wide.size() && team.rank == 0; ++i)
             for (int64_t n = 0; wide[i].gain && n < g.siblings[i].N; ++n)
                 wide[i].gain[n] = number_of(g.siblings[i].gain, n);
+        if (g.kept.ready) return;
+        if (g.kept.at || (g.dx && needs_dh))
+            for (int64_t i = 0; i < chunks; ++i)
+                waist.into_dx(i, team.begin(across), team.end(across), a + i * 2 * TILE, chunks * 2 * TILE);
+        for (int64_t i = team.begin(chunks); (g.kept.at || needs_dh) && i < team.end(chunks); ++i) {
+            const int64_t of = stack.chunks[i].sibling;
+            waist.into_dh(i, wide[of].b + (i - stack.siblings[of].begin) * wide[of].steps * 2 * TILE);
+        }
     }
 
     // the masks of up to 32 rows, to be made beside those before

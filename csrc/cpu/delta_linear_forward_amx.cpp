@@ -73,7 +73,8 @@ class Forward {
 
     void take_memory(int threads) {
         Scratch& scratch = Scratch::of_this_thread();
-        a = scratch.take<bf16>(steps * STEP * stack.slots);
+        const int64_t a_size = steps * STEP * stack.slots;
+        a = f.kept.at ? f.kept.at : scratch.take<bf16>(a_size);
         c = scratch.take<float>(stack.slots);
         for (size_t i = 0; i < f.siblings.size(); ++i) {
             const SiblingForward& one = f.siblings[i];
@@ -82,8 +83,8 @@ class Forward {
             for (const Segment& s : one.segments) starts = starts || (s.d.data && !s.routed);
             const auto row = [&](bool there) { return there ? scratch.take<float>(N) : nullptr; };
             const int64_t chunks = stack.siblings[i].end - stack.siblings[i].begin;
-            wide.push_back({strips, count, scratch.take<bf16>(chunks * STEP * N), row(starts),
-                            row(one.gain.data), row(one.gain.data)});
+            bf16* const b = f.kept.at ? a + a_size : scratch.take<bf16>(chunks * STEP * N);
+            wide.push_back({strips, count, b, row(starts), row(one.gain.data), row(one.gain.data)});
             strips += count;
         }
         const int64_t masks = stack.draws.size();
@@ -103,6 +104,8 @@ class Forward {
     }
 
     void pack(Team team) {
+        if (team.rank == 0) widen_rows();
+        if (f.kept.ready) return;
         const int64_t chunks = stack.chunks.size();
         for (int64_t i = team.begin(chunks); i < team.end(chunks); ++i)
             if (stack.chunks[i].computed) waist.into_h(i, a + i * steps * 2 * TILE);
@@ -113,7 +116,6 @@ class Forward {
             for (int64_t j = 0; j < count; ++j)
                 waist.into_y(own.begin + j, begin, end, w.b + j * 2 * TILE, count * 2 * TILE);
         }
-        if (team.rank == 0) widen_rows();
     }
 
     // what is added to whole columns, in fp32

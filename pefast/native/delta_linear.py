@@ -16,6 +16,7 @@ from pefast.native import (
     WHY_NOT,
     C,
     is_one_lora,
+    kept_factors,
     packs,
     register_one_lora,
     rows_of,
@@ -25,6 +26,7 @@ from pefast.native import (
 from pefast.native import delta_linear_cuda as cuda
 from pefast.native import delta_linear_fp32 as fp32
 from pefast.native import delta_linear_thin as thin
+from pefast.native.kept_factors import kept_bytes as kept_bytes
 from pefast.native.packs import packed_bytes as packed_bytes
 from pefast.native.sibling_linear import packed_weight, packed_weights
 
@@ -81,37 +83,58 @@ def at_once(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dro
 
 
 def prepare(x, w, bias, a, b, scale, p, seed, needs_dx):
-    """For a call that at_once() lets through: y [..., N] and h [M, R], w packed for dx, and what run() takes.
+    """For a call that at_once() lets through: y [..., N] and h [M, R], and what others take.
 
-    run() fills y and h, or says False where somebody wrote to w behind autograd's back: stale() then forgets
-    what was packed of it. The pack is None without `needs_dx`.
+    That is run_backward(); run(); and stay(), None where run() packs no a and b to stay.
+
+    run() fills y and h and says WRITTEN, or another number: stale() then forgets what was packed.
     """
     n, r = b.shape
     *rows, k = x.shape
     # sizes one by one: read from a tuple they cost 7 us more where Python is cold
     y, h = x.new_empty(*rows, n), x.new_empty(x.numel() // k, r)
     (packed, mark), for_dx = packed_weights(w, needs_dx)
+    kept = kept_factors.of(a, b, scale)
+    room, ready = (None, None) if kept is None else kept.room_for_y(a, b)
     threads = torch.get_num_threads()
-    return y, h, for_dx, (x, w, bias, a, b, packed, mark, seed, y, h, scale, p, threads)
+    given = x, w, bias, a, b, packed, mark, seed, y, h, scale, p, threads, room, ready
+    return y, h, (for_dx, kept), given, (kept, room) if room is not None and ready is None else None
+
+
+def stay(kept, room) -> None:
+    """After run(): what it has packed of a and b is there for the calls that come."""
+    kept.for_y = room
 
 
 run = C.one_lora_forward if C is not None else None
-stale = packs.drop
+# what run() says of a call that it has done; it says 0 where somebody wrote to w behind autograd's back
+WRITTEN = 1
 
 
-def run_backward(dy, x, packed, a, b, h, scale, p, seed, need_x, need_a, need_b):
-    """dx, da and db of run(), whose pack it takes, None for what is not needed; and autograd's last None.
+def stale(said: int, w: Tensor, a: Tensor) -> None:
+    """Forgets what was packed of w, or of a and b, of which run() has said that somebody wrote to it."""
+    packs.drop(w) if said == 0 else kept_factors.drop(a)
 
-    dy lies without gaps.
+
+def run_backward(dy, x, made, a, b, h, scale, p, seed, need_x, need_a, need_b):
+    """dx, da and db of run(), None for what is not needed; and autograd's last None.
+
+    `made` is what prepare() has made for it. dy lies without gaps.
     """
+    packed, kept = made
     dx = torch.empty_like(x) if need_x else None
     da = torch.empty_like(a, dtype=torch.float32) if need_a else None
     db = torch.empty_like(b, dtype=torch.float32) if need_b else None
+    keeps = kept is not None and kept.for_y is not None
+    room, ready = kept.room_for_dx(a, b) if keeps else (None, False)
     masters = a.dtype is b.dtype is torch.float32
-    made = dx, da, db, None
-    C.one_lora_backward(dy, x, a, b, h, packed, seed, dx, da, db, scale, p, torch.get_num_threads())
+    results = dx, da, db, None
+    threads = torch.get_num_threads()
+    C.one_lora_backward(dy, x, a, b, h, packed, seed, dx, da, db, scale, p, threads, room, ready)
+    if room is not None and not ready:
+        kept.for_dx = room
     if masters:
-        return made
+        return results
     return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None
 
 
@@ -169,7 +192,7 @@ def _forward(x, w, bias, a, b, scale, p, seed):
     while True:
         packed, mark = packed_weight(w, False)
         place = (w.data_ptr(), stride_n, stride_k, mark, packed.data_ptr())
-        sizes = (y.data_ptr(), h.data_ptr(), m, n, k, r, threads)
+        sizes = (y.data_ptr(), h.data_ptr(), 0, False, m, n, k, r, threads)
         if C.delta_linear_forward(x.data_ptr(), ldx, *place, *on_bias, *waist, *sizes):
             return y, h
         packs.drop(w)
@@ -187,8 +210,9 @@ def _backward(dy, x, w, a, b, h, scale, p, seed, need_x, need_a, need_b):
     ldx, lddy = (x.stride(0), dy.stride(0)) if m > 1 else (k, n)
     waist = (*_master(a), *_master(b), scale, p, seed.data_ptr() if p else 0)
     given = (x.data_ptr(), ldx, dy.data_ptr(), lddy, h.data_ptr(), packed.data_ptr())
+    threads = torch.get_num_threads()
     C.delta_linear_backward(
-        *given, *waist, dx.data_ptr(), da.data_ptr(), db.data_ptr(), m, n, k, r, torch.get_num_threads()
+        *given, *waist, dx.data_ptr(), da.data_ptr(), db.data_ptr(), 0, False, m, n, k, r, threads
     )
     return (
         dx,

@@ -288,12 +288,14 @@ class _AtOnce(torch.autograd.Function):
         w, bias, scale, p, seed, needs_dx = rest
         ctx.spec = scale, p
         while True:
-            y, h, ctx.packed, given = native_hand.prepare(x, w, bias, a, b, scale, p, seed, needs_dx)
+            y, h, ctx.made, given, fresh = native_hand.prepare(x, w, bias, a, b, scale, p, seed, needs_dx)
             # w for its version alone: what was packed is right as long as nobody writes to it
             ctx.save_for_backward(x, a, b, w, h, seed)
-            if native_hand.run(*given):
+            if (said := native_hand.run(*given)) == native_hand.WRITTEN:
+                if fresh is not None:
+                    native_hand.stay(*fresh)
                 return y
-            native_hand.stale(w)
+            native_hand.stale(said, w, a)
 
     @staticmethod
     def backward(ctx, dy):
@@ -303,7 +305,7 @@ class _AtOnce(torch.autograd.Function):
         need_x, need_a, need_b, _ = ctx.needs_input_grad
         dy = dy if dy.is_contiguous() else dy.contiguous()
         asked = seed, need_x, need_a, need_b
-        return native_hand.run_backward(dy, x, ctx.packed, a, b, h, *ctx.spec, *asked)
+        return native_hand.run_backward(dy, x, ctx.made, a, b, h, *ctx.spec, *asked)
 
 
 # Function.apply looks for functorch in every argument; _at_once() has asked. On its way back PyTorch asks

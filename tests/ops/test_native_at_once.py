@@ -215,24 +215,26 @@ def test_the_door_refuses_in_words(name, wrong, words):
     given |= {"packed": torch.zeros(9).bfloat16(), "mark": 0, "seed": None}
     given |= {"y": torch.zeros(37, 45).bfloat16(), "h": torch.zeros(37, 5).bfloat16(), name: wrong}
     with pytest.raises(ValueError, match=words):
-        C.one_lora_forward(*given.values(), 1.0, 0.0, 1)
+        C.one_lora_forward(*given.values(), 1.0, 0.0, 1, None, None)
 
 
 def test_the_doors_count_their_arguments():
     with pytest.raises(TypeError, match="2 arguments came; 6 would be right"):
         C.one_lora_fits(1, 2)
-    with pytest.raises(TypeError, match="0 arguments came; 13 would be right"):
+    with pytest.raises(TypeError, match="0 arguments came; 15 would be right"):
         C.one_lora_backward()
     room = torch.zeros(9).bfloat16()
     with pytest.raises(TypeError, match="int"):
-        C.one_lora_forward(*asked(tensors())[:5], room, "no mark", None, room, room, 1.0, 0.0, 1)
+        C.one_lora_forward(*asked(tensors())[:5], room, "no mark", None, room, room, 1.0, 0.0, 1, None, None)
 
 
 def test_backward_wants_a_pack_for_dx():
     t = tensors()
     x, a, b, dy, h = t["x"], t["a"], t["b"], torch.zeros(37, 45).bfloat16(), torch.zeros(37, 5).bfloat16()
     with pytest.raises(ValueError, match="there is no packed weight"):
-        C.one_lora_backward(dy, x, a, b, h, None, None, torch.empty_like(x), None, None, 1.0, 0.0, 1)
+        C.one_lora_backward(
+            dy, x, a, b, h, None, None, torch.empty_like(x), None, None, 1.0, 0.0, 1, None, False
+        )
 
 
 def test_ids_that_do_not_fit_are_refused_here_too():

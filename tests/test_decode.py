@@ -126,6 +126,16 @@ def test_a_plan_ends_with_a_write(write):
     assert (write == "bf16 adapters") or not torch.equal(before, after)
 
 
+def test_a_plan_ends_with_a_write_to_half_of_each_number():
+    model = make("tiles")
+    b, x = model[0].deltas["two"]["lora"].b, torch.randn(5, 1, model[0].in_features).bfloat16()
+    # 1 and 2 differ in their upper halves alone
+    b.data.fill_(1.0)
+    before = check(model, NAMES, x)
+    b.data.fill_(2.0)
+    assert not torch.equal(check(model, NAMES, x), before)
+
+
 def test_a_plan_ends_with_its_adapter():
     model, x = make(), torch.randn(5, 1, 100).bfloat16()
     check(model, NAMES, x)

@@ -106,27 +106,30 @@ class Released {
     PyThreadState* state;
 };
 
-// x [..., K], w [N, K] of any strides, bias [N] or None, a [R, K], b [N, R], dropout
-bool fits(const Given& given) {
+// x [..., K], w [N, K] of any strides, bias [N] or None, a [R, K], b [N, R], dropout. 1: all in bf16, but for fp32 masters;
+// 2: all in fp32; 0: anything else.
+int fits(const Given& given) {
     const py::handle bias = given[2], dropout = given[5];
-    if (!PyFloat_Check(dropout.ptr())) return false;
+    if (!PyFloat_Check(dropout.ptr())) return 0;
     const double p = PyFloat_AS_DOUBLE(dropout.ptr());
-    if (!(p >= 0 && p < 1)) return false;
+    if (!(p >= 0 && p < 1)) return 0;
     dlpack::Tensor sx, sw, sa, sb, sbias;
-    if (!see(given[0], &sx) || !see(given[1], &sw) || !see(given[3], &sa) || !see(given[4], &sb))
-        return false;
-    if (!is_bf16(sx) || !contiguous(sx) || sx.ndim < 1 || !is_bf16(sw) || sw.ndim != 2) return false;
+    if (!see(given[0], &sx) || !see(given[1], &sw) || !see(given[3], &sa) || !see(given[4], &sb)) return 0;
+    const bool narrow = is_bf16(sx) && is_bf16(sw), wide = is_fp32(sx) && is_fp32(sw);
+    if (!(narrow || wide) || !contiguous(sx) || sx.ndim < 1 || sw.ndim != 2) return 0;
+    const auto right = [&](const dlpack::Tensor& t) { return is_master(t) && (narrow || is_fp32(t)); };
     const int64_t N = sw.shape[0], K = sw.shape[1];
-    if (N < 1 || K < 1 || sx.shape[sx.ndim - 1] != K) return false;
-    if (!is_master(sa) || !is_master(sb) || sa.ndim != 2) return false;
+    if (N < 1 || K < 1 || sx.shape[sx.ndim - 1] != K) return 0;
+    if (!right(sa) || !right(sb) || sa.ndim != 2) return 0;
     const int64_t R = sa.shape[0];
-    if (R < 1 || !is_matrix(sa, R, K) || !is_matrix(sb, N, R)) return false;
-    return bias.is_none() ||
-           (see(bias, &sbias) && is_master(sbias) && sbias.ndim == 1 && sbias.shape[0] == N);
+    if (R < 1 || !is_matrix(sa, R, K) || !is_matrix(sb, N, R)) return 0;
+    if (!bias.is_none() && !(see(bias, &sbias) && right(sbias) && sbias.ndim == 1 && sbias.shape[0] == N))
+        return 0;
+    return narrow ? 1 : 2;
 }
 
 PyObject* one_lora_fits(PyObject*, PyObject* const* at, Py_ssize_t count) {
-    return door<6>(at, count, [](const Given& given) { return py::bool_(fits(given)); });
+    return door<6>(at, count, [](const Given& given) { return py::int_(fits(given)); });
 }
 
 dlpack::Tensor seen(py::handle object, const char* name) {
@@ -260,7 +263,7 @@ void bind_one_lora(py::module_& m) {
     // Python keeps the address of this table
     static PyMethodDef methods[] = {
         method("one_lora_fits", one_lora_fits,
-               "Whether one_lora_forward may have these tensors; no says no more."),
+               "1 where one_lora_forward may have these tensors, 2 where fp32_forward may; 0 says no more."),
         method("one_lora_forward", one_lora_forward,
                "y and h; 1, or 0 where w was written to since its mark, -1 where a or b was."),
         method("one_lora_mark", one_lora_mark, "A mark of a and b that tells writes to them."),

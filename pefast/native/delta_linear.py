@@ -1,11 +1,14 @@
 """delta_linear by csrc/cpu/delta_linear*: every segment beside a frozen weight, on AMX.
 
-One plain LoRA in bf16, the commonest call, has doors of its own here, for it costs the least Python: at_once
-and run in eager mode, csrc then looks at the tensors itself. Other calls in bf16 go through
-sibling_linear.py, those in fp32 through delta_linear_fp32.py. Without AMX both go through
-delta_linear_thin.py. What is on a GPU goes to delta_linear_cuda.py.
+One plain LoRA, the commonest call, has a road of its own, for it costs the least Python: at_once, prepare,
+run and run_backward, in eager mode; in bf16 csrc then looks at the tensors itself, in fp32 the road is
+delta_linear_fp32_short.py's. Other calls in bf16 go through sibling_linear.py, those in fp32 through
+delta_linear_fp32.py. Without AMX both go through delta_linear_thin.py. What is on a GPU goes to
+delta_linear_cuda.py.
 Formula: pefast/ops/delta_linear.py.
 """
+
+import sys
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ from pefast.native import (
 from pefast.native import delta_linear_cuda as cuda
 from pefast.native import delta_linear_fp32 as fp32
 from pefast.native import delta_linear_thin as thin
+from pefast.native.delta_linear_fp32_short import short_road
 from pefast.native.kept_factors import kept_bytes as kept_bytes
 from pefast.native.packs import packed_bytes as packed_bytes
 from pefast.native.sibling_linear import packed_weight, packed_weights
@@ -63,20 +67,20 @@ def decline(call) -> str:
     return ""
 
 
-def at_once(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dropout: float) -> bool:
-    """Whether run() may have this LoRA as it stands: the commonest call, in bf16, beside a frozen layer.
+def at_once(x, w, bias, a, b, dropout: float, compute: str | None = None):
+    """Who computes this LoRA as it stands: the commonest call, beside a frozen layer, in bf16 or in fp32.
 
-    It asks quickly what refuse() and decline() ask in words; a no sends the call to them.
+    This module in bf16, a ShortRoad of delta_linear_fp32_short.py, or None. It asks quickly what refuse() and
+    decline() ask in words; None sends the call to them.
     """
-    return (
-        _SEES
-        # what another tracer hands in is no plain tensor, or none that csrc can see
-        and not is_dynamo_compiling()
-        and C.one_lora_fits(x, w, bias, a, b, dropout)
-        and (type(w) is Parameter or type(w._base) is Parameter)
-        and not (w.requires_grad or (bias is not None and bias.requires_grad))
-        and not _any_autocast()
-    )
+    # what another tracer hands in is no plain tensor, or none that csrc can see
+    if not _SEES or is_dynamo_compiling() or not (fits := C.one_lora_fits(x, w, bias, a, b, dropout)):
+        return None
+    if type(w) is not Parameter and type(w._base) is not Parameter:
+        return None
+    if w.requires_grad or (bias is not None and bias.requires_grad) or _any_autocast():
+        return None
+    return _BF16 if fits == 1 else short_road(x, w, compute)
 
 
 # What follows does all that Python has to do before its kernel: one leaves nothing of Python in the caches.
@@ -229,4 +233,5 @@ def _master(t: Tensor) -> tuple[int, bool]:
     return t.data_ptr(), t.dtype is torch.float32
 
 
+_BF16 = sys.modules[__name__]
 _LIBRARY = register_one_lora("delta_linear", _forward, _backward)

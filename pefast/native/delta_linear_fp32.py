@@ -128,7 +128,7 @@ def _forward_one(call, s) -> tuple[Tensor, list[tuple[Tensor, None]]]:
     rest = (n, 0, _at(_plain(call.bias, kept)), waist, y.data_ptr(), 0, h.data_ptr())
     ldx, threads = x.stride(0) if m > 1 else k, torch.get_num_threads()
     while True:
-        pack, mark = _packed(w, False, parts)
+        pack, mark = packed_weight(w, False, parts)
         layer = ((w.data_ptr(), *w.stride(), mark), pack.data_ptr(), *rest)
         if C.fp32_forward(x.data_ptr(), ldx, m, k, [layer], parts, threads) < 0:
             return y, [(h, None)]
@@ -142,7 +142,7 @@ def _backward_one(call, s, h: Tensor, dy: Tensor, needs):
     m, (n, k) = dy.shape[0], call.w.shape
     dx = dy.new_empty((m, k)) if needs.x else None
     da, db = dy.new_empty(s.a.shape) if need_a else None, dy.new_empty(s.b.shape) if need_b else None
-    pack = _packed(call.w, True, parts)[0] if needs.x else None
+    pack = packed_weight(call.w, True, parts)[0] if needs.x else None
     waist = _waist(s.a, s.b, s.scale, s.dropout, call.seed if s.dropout else None, kept)
     ldx, lddy = (0 if x is None else x.stride(0), dy.stride(0)) if m > 1 else (k, n)
     given = (_at(pack), n, dy.data_ptr(), lddy, 0, 0, _at(_plain(h, kept)))
@@ -261,7 +261,7 @@ def _forward(x, ws, gains, biases, as_, bs, hs, scales, rates, seeds, keep_u, pa
     while True:
         calls = []
         for w, layer in zip(ws, layers, strict=True):
-            pack, mark = _packed(w, False, parts)
+            pack, mark = packed_weight(w, False, parts)
             kept.append(pack)
             calls.append(((w.data_ptr(), *w.stride(), mark), pack.data_ptr(), w.shape[0], *layer))
         stale = C.fp32_forward(x.data_ptr(), ldx, m, k, calls, parts, torch.get_num_threads())
@@ -280,7 +280,7 @@ def _backward(dys, x, ws, gains, biases, as_, bs, hs, scales, rates, seeds, us, 
     layers = []
     for i, (w, dy) in enumerate(zip(ws, dys, strict=True)):
         n, dy = w.shape[0], rows_of(dy)
-        pack = _packed(w, True, parts)[0] if need_x else dx
+        pack = packed_weight(w, True, parts)[0] if need_x else dx
         kept += (pack, dy)
         given = (dy.data_ptr(), dy.stride(0) if m > 1 else n, _at(_plain(gains[i], kept)), _at(us[i]))
         waist = _waist(as_[i], bs[i], scales[i], rates[i], seeds[i], kept)
@@ -321,7 +321,7 @@ def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _packed(w: Tensor, for_dx: bool, parts: int) -> tuple[Tensor, int]:
+def packed_weight(w: Tensor, for_dx: bool, parts: int) -> tuple[Tensor, int]:
     """w [N, K] packed for x wᵀ or for dy w, and its mark."""
 
     def make():

@@ -125,7 +125,7 @@ def delta_linear(
     segments = (segments,) if isinstance(segments, Segment) else tuple(segments)
     if len(segments) == 1 and gain is ids is backend is None and is_plain(segments[0]):
         s = segments[0]
-        if (y := _at_once(x, w, s.a, s.b, s.scale, s.dropout, bias, seed)) is not None:
+        if (y := _at_once(x, w, s.a, s.b, s.scale, s.dropout, bias, seed, compute)) is not None:
             return y
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -168,14 +168,14 @@ def one_lora(
     compute: str | None = None,
 ) -> Tensor:  # [..., N]
     """delta_linear of one plain LoRA: the same, with less Python on its way to the commonest hand."""
-    if (y := _at_once(x, w, a, b, scale, dropout, bias, None)) is not None:
+    if (y := _at_once(x, w, a, b, scale, dropout, bias, None, compute)) is not None:
         return y
     return delta_linear(x, w, Segment(a, b, scale, dropout=dropout), bias, compute=compute)
 
 
-def _at_once(x, w, a, b, scale, dropout, bias, seed) -> Tensor | None:
+def _at_once(x, w, a, b, scale, dropout, bias, seed, compute) -> Tensor | None:
     """y where the native hand takes this LoRA as it stands."""
-    if not OP.free("native") or not native_hand.at_once(x, w, bias, a, b, dropout):
+    if not OP.free("native") or (road := native_hand.at_once(x, w, bias, a, b, dropout, compute)) is None:
         return None
     if torch._C._are_functorch_transforms_active():
         return None
@@ -183,7 +183,7 @@ def _at_once(x, w, a, b, scale, dropout, bias, seed) -> Tensor | None:
         seed = dropout_op.draw_seed() if seed is None else dropout_op.as_seed(seed)
     # asked here, for inside of a Function gradients are off
     needs_dx = x.requires_grad and torch.is_grad_enabled()
-    return _apply_at_once(x, a, b, (w, bias, scale, dropout, seed if dropout else None, needs_dx))
+    return _apply_at_once(x, a, b, (road, w, bias, scale, dropout, seed if dropout else None, needs_dx))
 
 
 def shaped(y: Tensor, x: Tensor) -> Tensor:  # [M, N] -> [..., N]
@@ -285,17 +285,17 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, a, b, rest):
-        w, bias, scale, p, seed, needs_dx = rest
-        ctx.spec = scale, p
+        road, w, bias, scale, p, seed, needs_dx = rest
+        ctx.road, ctx.spec = road, (scale, p)
         while True:
-            y, h, ctx.made, given, fresh = native_hand.prepare(x, w, bias, a, b, scale, p, seed, needs_dx)
+            y, h, ctx.made, given, fresh = road.prepare(x, w, bias, a, b, scale, p, seed, needs_dx)
             # w for its version alone: what was packed is right as long as nobody writes to it
             ctx.save_for_backward(x, a, b, w, h, seed)
-            if (said := native_hand.run(*given)) == native_hand.WRITTEN:
+            if (said := road.run(*given)) == road.WRITTEN:
                 if fresh is not None:
-                    native_hand.stay(*fresh)
+                    road.stay(*fresh)
                 return y
-            native_hand.stale(said, w, a)
+            road.stale(said, w, a)
 
     @staticmethod
     def backward(ctx, dy):
@@ -305,7 +305,7 @@ class _AtOnce(torch.autograd.Function):
         need_x, need_a, need_b, _ = ctx.needs_input_grad
         dy = dy if dy.is_contiguous() else dy.contiguous()
         asked = seed, need_x, need_a, need_b
-        return native_hand.run_backward(dy, x, ctx.made, a, b, h, *ctx.spec, *asked)
+        return ctx.road.run_backward(dy, x, ctx.made, a, b, h, *ctx.spec, *asked)
 
 
 # Function.apply looks for functorch in every argument; _at_once() has asked. On its way back PyTorch asks

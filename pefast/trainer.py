@@ -55,6 +55,16 @@ class _Epochs(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
+def _look_follows(args, state) -> bool:
+    """Whether an epoch ends with this step, and with a look at the rows to choose by.
+
+    The look leaves a checkpoint. One before it would say that the epoch is over and know nothing of the look: a
+    run that goes on from there would never make it.
+    """
+    ends = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+    return args.eval_strategy == "epoch" and ends
+
+
 class Every(TrainerCallback):
     """A checkpoint every so many steps, beside those that the Trainer makes where it evaluates."""
 
@@ -63,7 +73,7 @@ class Every(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Asks for a checkpoint."""
-        if state.global_step % self.steps == 0:
+        if state.global_step % self.steps == 0 and not _look_follows(args, state):
             control.should_save = True
 
 
@@ -100,7 +110,8 @@ class Interrupt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Asks for a checkpoint and the end where the signal came."""
         if self.came:
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            control.should_save = not _look_follows(args, state)
 
     def close(self) -> None:
         """Gives the signal back to whoever had it."""

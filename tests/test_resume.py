@@ -1,5 +1,6 @@
 """A run killed at any moment ends with the same bits; Ctrl-C, a full disk or a second run lose nothing."""
 
+import functools
 import multiprocessing
 import os
 import random
@@ -91,6 +92,46 @@ def finish(process):
     process.start()
     process.join(120)
     assert process.exitcode == 0
+
+
+def die_at_look(number):
+    """The process dies as it begins to look at the rows to choose by for the so-manieth time."""
+    look, looks = trainer.AdapterTrainer.evaluate, []
+
+    def evaluate(self, *args, **kwargs):
+        looks.append(self.state.global_step)
+        if len(looks) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return look(self, *args, **kwargs)
+
+    trainer.AdapterTrainer.evaluate = evaluate
+
+
+def stop_before_look(number):
+    """Ctrl-C comes in the last step of an epoch."""
+    end, steps = trainer.Interrupt.on_step_end, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        steps.append(state.global_step)
+        self.came = self.came or (state.epoch == number and len(steps) > 1)
+        end(self, args, state, control, **kwargs)
+
+    trainer.Interrupt.on_step_end = on_step_end
+
+
+@pytest.mark.parametrize("end", [die_at_look, stop_before_look])
+@pytest.mark.parametrize("number", [1, 2])
+def test_ended_at_a_look_it_ends_with_the_same_bits(folder, spawn, whole, end, number):
+    # an epoch's last step is one of those that leave a checkpoint, too: it must not be there before the look
+    assert whole[0] % (2 * SETTINGS["training.save_every"]) == 0
+    output = f"{end.__name__} {number}"
+    before = functools.partial(end, number)
+    process = spawn(target=run, args=(folder, output, True), kwargs={"before": before})
+    process.start()
+    process.join(120)
+    assert process.exitcode not in (0, None) and not (folder / output / "adapter").exists()
+    finish(spawn(target=run, args=(folder, output, True)))
+    assert bits(folder, output) == whole[1]
 
 
 def test_killed_at_ten_moments_it_ends_with_the_same_bits(folder, spawn, step, whole):

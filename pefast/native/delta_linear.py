@@ -120,12 +120,12 @@ def stale(said: int, w: Tensor, a: Tensor) -> None:
     packs.drop(w) if said == 0 else kept_factors.drop(a)
 
 
-def run_backward(dy, x, made, a, b, h, scale, p, seed, need_x, need_a, need_b):
+def run_backward(dy, x, made, a, b, h, scale, p, seed, needs):
     """dx, da and db of run(), None for what is not needed; and autograd's last None.
 
-    `made` is what prepare() has made for it. dy lies without gaps.
+    `made` is what prepare() has made for it, `needs` autograd's word for x, a, b, rest. dy lies without gaps.
     """
-    packed, kept = made
+    (packed, kept), (need_x, need_a, need_b, _) = made, needs
     dx = torch.empty_like(x) if need_x else None
     da = torch.empty_like(a, dtype=torch.float32) if need_a else None
     db = torch.empty_like(b, dtype=torch.float32) if need_b else None

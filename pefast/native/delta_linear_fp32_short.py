@@ -22,6 +22,7 @@ class ShortRoad:
         self.parts = parts
 
     def prepare(self, x, w, bias, a, b, scale, p, seed, needs_dx):
+        """y [..., N] and h [M, R], what run_backward() takes, what run() takes, and None."""
         n, r = b.shape
         *rows, k = x.shape
         m = x.numel() // k
@@ -36,10 +37,12 @@ class ShortRoad:
         return y, h, (for_dx, pack), given, None
 
     def stale(self, said: int, w: Tensor, a: Tensor) -> None:
+        """Forgets what was packed of w, of which run() has said that somebody wrote to it."""
         packs.drop(w)
 
-    def run_backward(self, dy, x, made, a, b, h, scale, p, seed, need_x, need_a, need_b):
-        (n, r), k = b.shape, x.shape[-1]
+    def run_backward(self, dy, x, made, a, b, h, scale, p, seed, needs):
+        """dx, da and db of run(), None for what is not needed; and autograd's last None."""
+        (n, r), k, (need_x, need_a, need_b, _) = b.shape, x.shape[-1], needs
         dx = torch.empty_like(x) if need_x else None
         da = torch.empty_like(a) if need_a else None
         db = torch.empty_like(b) if need_b else None

@@ -302,10 +302,8 @@ class _AtOnce(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("delta_linear: has no second derivative; create_graph=False would be right")
         x, a, b, _, h, seed = ctx.saved_tensors
-        need_x, need_a, need_b, _ = ctx.needs_input_grad
         dy = dy if dy.is_contiguous() else dy.contiguous()
-        asked = seed, need_x, need_a, need_b
-        return ctx.road.run_backward(dy, x, ctx.made, a, b, h, *ctx.spec, *asked)
+        return ctx.road.run_backward(dy, x, ctx.made, a, b, h, *ctx.spec, seed, ctx.needs_input_grad)
 
 
 # Function.apply looks for functorch in every argument; _at_once() has asked. On its way back PyTorch asks

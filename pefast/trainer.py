@@ -58,8 +58,8 @@ class _Epochs(TrainerCallback):
 def _look_follows(args, state) -> bool:
     """Whether an epoch ends with this step, and with a look at the rows to choose by.
 
-    The look leaves a checkpoint. One before it would say that the epoch is over and know nothing of the look: a
-    run that goes on from there would never make it.
+    The look leaves a checkpoint. One before it would say that the epoch is over and know nothing of the look:
+    a run that goes on from there would never make it.
     """
     ends = float(state.epoch).is_integer() or state.global_step >= state.max_steps
     return args.eval_strategy == "epoch" and ends

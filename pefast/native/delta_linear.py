@@ -129,8 +129,7 @@ def run_backward(dy, x, made, a, b, h, scale, p, seed, needs):
     dx = torch.empty_like(x) if need_x else None
     da = torch.empty_like(a, dtype=torch.float32) if need_a else None
     db = torch.empty_like(b, dtype=torch.float32) if need_b else None
-    keeps = kept is not None and kept.for_y is not None
-    room, ready = kept.room_for_dx(a, b) if keeps else (None, False)
+    room, ready = kept.room_for_dx(a, b) if kept is not None and kept.holds(a, b) else (None, False)
     masters = a.dtype is b.dtype is torch.float32
     results = dx, da, db, None
     threads = torch.get_num_threads()

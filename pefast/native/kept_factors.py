@@ -43,8 +43,12 @@ class Kept:
         self.mark = C.one_lora_mark(a, b)
         return _room(a, b), None
 
+    def holds(self, a: Tensor, b: Tensor) -> bool:
+        """Whether these are a and b for y: a hook of autograd may hand over copies that it has saved."""
+        return self.for_y is not None and self.version[2:] == (a.data_ptr(), b.data_ptr())
+
     def room_for_dx(self, a: Tensor, b: Tensor) -> tuple[Tensor | None, bool]:
-        """The same for dx, and whether they are there. Asked where those for y are, whose mark it shares."""
+        """The same for dx, and whether they are there. Asked where holds() says yes: the mark is that of y."""
         self.backwards += 1
         if self.for_dx is not None:
             return self.for_dx, True
@@ -76,7 +80,8 @@ def of(a: Tensor, b: Tensor, scale: float) -> Kept | None:
 
 def drop(a: Tensor) -> None:
     """Forgets what is kept of a: somebody wrote to it or to its b through .data."""
-    del a.untyped_storage().pefast_kept
+    # another thread may have done it
+    vars(a.untyped_storage()).pop("pefast_kept", None)
 
 
 def kept_bytes(a: Tensor) -> int:

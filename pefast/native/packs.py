@@ -69,7 +69,8 @@ def _memory() -> tuple[int, int]:
 
 def drop(w: Tensor) -> None:
     """Frees every pack of this weight: somebody wrote to it through .data, which leaves its version alone."""
-    del w.untyped_storage().pefast_packs
+    # another thread may have done it
+    vars(w.untyped_storage()).pop("pefast_packs", None)
 
 
 def packed_bytes(w: Tensor) -> int:

@@ -175,6 +175,20 @@ def test_a_graph_walked_again_and_a_write_in_between():
         assert equal(layer.step(), right)
 
 
+@pytest.mark.parametrize("written", ["a", "b"])
+def test_a_backward_pass_of_copies_that_autograd_has_saved(written):
+    layer = Layer()
+    right = anew(layer)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        y = layer.forward()
+        with torch.no_grad():
+            getattr(layer, written).mul_(2)
+        for _ in range(3):
+            layer.step()
+        assert layer.kept() == (True, True)
+        assert equal(layer.finish(y), right)
+
+
 def test_only_a_gradient_of_b_is_asked_for():
     layer = Layer()
     for _ in range(3):

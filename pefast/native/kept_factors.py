@@ -48,7 +48,7 @@ class Kept:
         return self.for_y is not None and self.version[2:] == (a.data_ptr(), b.data_ptr())
 
     def room_for_dx(self, a: Tensor, b: Tensor) -> tuple[Tensor | None, bool]:
-        """The same for dx, and whether they are there. Asked where holds() says yes: the mark is that of y."""
+        """The same for dx, and whether they are there. Asked where holds() says yes; it shares the mark."""
         self.backwards += 1
         if self.for_dx is not None:
             return self.for_dx, True

@@ -185,8 +185,8 @@ uintptr_t kept_place(py::handle object, const OneLora& given) {
 }
 
 // x, w, bias, a, b; w packed and its mark; seed; y [..., N] and h [M, R]; scale, p, threads; where a and b are kept packed or
-// None, and their mark or None, which is to say that they are not there yet. 1; 0, and nothing done, where w is no longer
-// what was packed, and -1 where a or b is not.
+// None, and their mark or None, which is to say that they are not there yet. -1; 0, and nothing done, where w is no longer
+// what was packed, and 1 where a or b is not.
 int forward(const Given& all) {
     const OneLora given(all[0], all[3], all[4]);
     const py::handle bias = all[2];
@@ -201,13 +201,14 @@ int forward(const Given& all) {
     const int threads = all.whole(12);
     const uintptr_t kept = kept_place(all[13], given);
     const bool ready = kept && !all[14].is_none();
-    if (ready && all.word(14) != mark_of(given.a, given.b)) return -1;
+    if (ready && all.word(14) != mark_of(given.a, given.b)) return 1;
     const Released released;
-    return delta_linear_forward_door(data(given.x), given.K, data(sw), sw.strides[0], sw.strides[1], mark,
-                                     at_packed, bias.is_none() ? 0 : data(sbias),
-                                     !bias.is_none() && is_fp32(sbias), data(given.a), is_fp32(given.a),
-                                     data(given.b), is_fp32(given.b), static_cast<float>(scale), p, at_seed,
-                                     at_y, at_h, kept, ready, given.M, given.N, given.K, given.R, threads);
+    const bool done = delta_linear_forward_door(
+        data(given.x), given.K, data(sw), sw.strides[0], sw.strides[1], mark, at_packed,
+        bias.is_none() ? 0 : data(sbias), !bias.is_none() && is_fp32(sbias), data(given.a), is_fp32(given.a),
+        data(given.b), is_fp32(given.b), static_cast<float>(scale), p, at_seed, at_y, at_h, kept, ready,
+        given.M, given.N, given.K, given.R, threads);
+    return done ? -1 : 0;
 }
 
 PyObject* one_lora_forward(PyObject*, PyObject* const* at, Py_ssize_t count) {
@@ -265,7 +266,7 @@ void bind_one_lora(py::module_& m) {
         method("one_lora_fits", one_lora_fits,
                "1 where one_lora_forward may have these tensors, 2 where fp32_forward may; 0 says no more."),
         method("one_lora_forward", one_lora_forward,
-               "y and h; 1, or 0 where w was written to since its mark, -1 where a or b was."),
+               "y and h; -1, or 0 where w was written to since its mark, 1 where a or b was."),
         method("one_lora_mark", one_lora_mark, "A mark of a and b that tells writes to them."),
         method("one_lora_backward", one_lora_backward, "dx, da and db; None is left out."),
         {},

@@ -119,19 +119,49 @@ def stop_before_look(number):
     trainer.Interrupt.on_step_end = on_step_end
 
 
+def first_look_is_best(end=None):
+    """Each look finds less than the one before it; then what `end` does."""
+    look = trainer.AdapterTrainer.evaluate
+
+    def evaluate(self, *args, **kwargs):
+        judge, step = self.judge, self.state.global_step
+        self.judge = lambda model: {name: value - step for name, value in judge(model).items()}
+        try:
+            return look(self, *args, **kwargs)
+        finally:
+            self.judge = judge
+
+    trainer.AdapterTrainer.evaluate = evaluate
+    if end is not None:
+        end()
+
+
+@pytest.fixture(scope="module")
+def whole_of_the_first(folder, spawn):
+    """Bits of the run that nobody stops and that goes back to its first look."""
+    finish(spawn(target=run, args=(folder, "whole, first", False), kwargs={"before": first_look_is_best}))
+    return bits(folder, "whole, first")
+
+
+@pytest.mark.parametrize("best", ["first", "last"])
 @pytest.mark.parametrize("end", [die_at_look, stop_before_look])
 @pytest.mark.parametrize("number", [1, 2])
-def test_ended_at_a_look_it_ends_with_the_same_bits(folder, spawn, whole, end, number):
+def test_ended_at_a_look_it_ends_with_the_same_bits(
+    folder, spawn, whole, whole_of_the_first, end, number, best
+):
     # an epoch's last step is one of those that leave a checkpoint, too: it must not be there before the look
     assert whole[0] % (2 * SETTINGS["training.save_every"]) == 0
-    output = f"{end.__name__} {number}"
-    before = functools.partial(end, number)
+    assert whole[1] != whole_of_the_first
+    output = f"{end.__name__} {number} {best}"
+    before, after = functools.partial(end, number), None
+    if best == "first":
+        before, after = functools.partial(first_look_is_best, before), first_look_is_best
     process = spawn(target=run, args=(folder, output, True), kwargs={"before": before})
     process.start()
     process.join(120)
     assert process.exitcode not in (0, None) and not (folder / output / "adapter").exists()
-    finish(spawn(target=run, args=(folder, output, True)))
-    assert bits(folder, output) == whole[1]
+    finish(spawn(target=run, args=(folder, output, True), kwargs={"before": after}))
+    assert bits(folder, output) == (whole_of_the_first if best == "first" else whole[1])
 
 
 def test_killed_at_ten_moments_it_ends_with_the_same_bits(folder, spawn, step, whole):

@@ -91,7 +91,7 @@ def prepare(x, w, bias, a, b, scale, p, seed, needs_dx):
 
     That is run_backward(); run(); and stay(), None where run() packs no a and b to stay.
 
-    run() fills y and h and says WRITTEN, or another number: stale() then forgets what was packed.
+    run() fills y and h and says -1, or which was written to unseen by autograd: stale() forgets its pack.
     """
     n, r = b.shape
     *rows, k = x.shape
@@ -111,13 +111,11 @@ def stay(kept, room) -> None:
 
 
 run = C.one_lora_forward if C is not None else None
-# what run() says of a call that it has done; it says 0 where somebody wrote to w behind autograd's back
-WRITTEN = 1
 
 
-def stale(said: int, w: Tensor, a: Tensor) -> None:
-    """Forgets what was packed of w, or of a and b, of which run() has said that somebody wrote to it."""
-    packs.drop(w) if said == 0 else kept_factors.drop(a)
+def stale(which: int, w: Tensor, a: Tensor) -> None:
+    """Forgets what was packed of w, where run() said 0, or of a and b, where it said 1."""
+    kept_factors.drop(a) if which else packs.drop(w)
 
 
 def run_backward(dy, x, made, a, b, h, scale, p, seed, needs):

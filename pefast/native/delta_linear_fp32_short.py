@@ -14,8 +14,6 @@ from pefast.native.delta_linear_fp32 import FEW_ROWS, packed_weight
 class ShortRoad:
     """What delta_linear.py has as functions, for fp32 in so many parts; it keeps nothing of a and b."""
 
-    # what run() says of a call that it has done; it says 0 where somebody wrote to w behind autograd's back
-    WRITTEN = -1
     run = C.fp32_forward if C is not None else None
 
     def __init__(self, parts: int):
@@ -36,8 +34,8 @@ class ShortRoad:
         # the pack for y goes along: its address is in `given`
         return y, h, (for_dx, pack), given, None
 
-    def stale(self, said: int, w: Tensor, a: Tensor) -> None:
-        """Forgets what was packed of w, of which run() has said that somebody wrote to it."""
+    def stale(self, which: int, w: Tensor, a: Tensor) -> None:
+        """Forgets what was packed of w, the one pack there is."""
         packs.drop(w)
 
     def run_backward(self, dy, x, made, a, b, h, scale, p, seed, needs):

@@ -291,11 +291,11 @@ class _AtOnce(torch.autograd.Function):
             y, h, ctx.made, given, fresh = road.prepare(x, w, bias, a, b, scale, p, seed, needs_dx)
             # w for its version alone: what was packed is right as long as nobody writes to it
             ctx.save_for_backward(x, a, b, w, h, seed)
-            if (said := road.run(*given)) == road.WRITTEN:
+            if (which := road.run(*given)) < 0:
                 if fresh is not None:
                     road.stay(*fresh)
                 return y
-            road.stale(said, w, a)
+            road.stale(which, w, a)
 
     @staticmethod
     def backward(ctx, dy):
